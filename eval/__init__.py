@@ -1,0 +1,1 @@
+"""Measure: accuracy against visual-token budget, on questions that need no download."""

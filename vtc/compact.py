@@ -1,0 +1,55 @@
+"""The one routine that carries a sequence over to a keep list. Nothing else in vtc gathers along the sequence.
+
+A keep mask becomes a `Plan`; states, rotary tables, positions and masks all go through `gather` with its index, and
+what the model returns goes back through `gather` with its `source`. Original positions survive by construction: the
+rotary tables are gathered, never recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a (batch, length) sequence shrinks to (batch, kept)."""
+
+    index: Tensor
+    """(batch, kept): the old position of each new one; rows that keep fewer are filled up at the end."""
+    mask: Tensor | None
+    """(batch, kept) bool, False at the filling; None when no row needs any."""
+    source: Tensor
+    """(batch, length): the new position that answers for each old one, its last survivor at or before it."""
+
+
+def plan(keep: Tensor, lengths: list[int]) -> Plan:
+    """Plan for a (batch, length) bool mask whose rows keep `lengths` positions (known on the host: no device sync)."""
+    longest = max(lengths)
+    index = (~keep).long().argsort(dim=1, stable=True)[:, :longest]
+    mask = None if min(lengths) == longest else keep.gather(1, index)
+    return Plan(index, mask, (keep.long().cumsum(1) - 1).clamp(min=0))
+
+
+def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """x[..., index, ...] along `dim`, with a (batch, kept) index and the batch just before `dim` (size 1 broadcasts)."""
+    dim %= x.ndim
+    index = index.to(x.device)
+    shape = list(x.shape)
+    shape[dim - 1], shape[dim] = index.shape
+    x = x.expand(*shape[:dim], *x.shape[dim:])
+    index = index.view(*(1,) * (dim - 1), *index.shape, *(1,) * (x.ndim - dim - 1))
+    return x.gather(dim, index.expand(shape))
+
+
+def join(
+    past: Tensor | None, past_length: int, new: Tensor | None, shape: tuple[int, int], device
+) -> Tensor | None:
+    """The (batch, past_length + length) mask of cached and new keys, for new keys of `shape`; None when all are visible."""
+    if past is None and new is None:
+        return None
+    past = torch.ones(shape[0], past_length, dtype=torch.bool) if past is None else past
+    new = torch.ones(shape, dtype=torch.bool) if new is None else new
+    return torch.cat((past.to(device), new.to(device)), dim=1)

@@ -1,0 +1,349 @@
+"""One forward of a wrapped model: from merged embeddings, through the stages, to outputs of the usual shape.
+
+The state of a pass belongs to the call (`Forward`, found through a context variable) and, between prefill and decoding,
+to the cache object (`CacheState`); never to the module. So two threads may use one model, and generations may interleave.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.masking_utils import create_causal_mask
+
+from vtc import compact
+from vtc.observe import ClsRow, Need, Record, Seen, attention_row, recording, split_heads
+from vtc.trace import Clock, StageTrace, Trace
+
+if TYPE_CHECKING:
+    from vtc.wrap import Compression
+
+current: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+
+
+@dataclass
+class Encoded:
+    """What the vision tower showed about one image. It travels on the feature tensor, so that it survives whatever
+    generate() does with the list of features between encoding and prefill (beams repeat its entries)."""
+
+    rows: dict[Need, Tensor]
+    """(heads, tokens) of each need."""
+    span: tuple[object, object]
+    """Clock readings around the tower and the projector."""
+
+
+@dataclass
+class Span:
+    """Decoder layers from `start` on, up to the next span, whose cache holds the same keys."""
+
+    start: int
+    length: int = 0
+    mask: Tensor | None = None
+    """(batch, length) bool: which cached keys are real; None when all are."""
+
+
+@dataclass
+class CacheState:
+    """What a pruned cache has to remember: how long the sequence truly is, and what each layer holds of it."""
+
+    seen: int
+    spans: list[Span]
+    trace: Trace
+
+    def span(self, layer: int) -> Span:
+        return [span for span in self.spans if span.start <= layer][-1]
+
+    def attach(self, cache: Any) -> None:
+        """generate() slices the next turn by `cache.get_seq_length()`, the length of layer 0: once tokens left before
+        layer 0 that must still be the true length, while masks are sized by what the layer holds."""
+        cache.vtc = self
+        if self.span(0).length != self.seen:
+            cache.get_seq_length = MethodType(_true_length, cache)
+            cache.get_query_offset = MethodType(_held_length, cache)
+
+
+def _true_length(cache: Any, layer_idx: int = 0) -> int:
+    return cache.vtc.seen if layer_idx == 0 else _held_length(cache, layer_idx)
+
+
+def _held_length(cache: Any, layer_idx: int = 0) -> int:
+    return cache.layers[layer_idx].get_seq_length() if layer_idx < len(cache.layers) else 0
+
+
+@dataclass
+class Tokens:
+    """The visual tokens that are left, padded to the widest image: all tensors (images, tokens)."""
+
+    position: Tensor
+    """Where the token sits in its row of the current sequence."""
+    index: Tensor
+    """Which token of its image it is."""
+    valid: Tensor
+    row: Tensor
+    """(images,): the batch row."""
+    counts: list[int]
+
+    @classmethod
+    def locate(cls, image_mask: Tensor, sizes: list[int]) -> Tokens:
+        """Split the placeholders of a (batch, length) mask over images with `sizes` tokens, in prompt order."""
+        length, device = image_mask.shape[1], image_mask.device
+        flat = torch.nonzero_static(image_mask.flatten(), size=sum(sizes))[:, 0].split(sizes)
+        position = pad_sequence([part % length for part in flat], batch_first=True)
+        index = torch.arange(position.shape[1], device=device).expand_as(position)
+        valid = index < torch.tensor(sizes, device=device)[:, None]
+        return cls(position, index, valid, torch.stack([part[0] // length for part in flat]), sizes)
+
+    def keep(self, keep: Tensor, counts: list[int], source: Tensor) -> Tokens:
+        """Only the kept ones, at their new positions in the compacted sequence."""
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : max(counts)]
+        position = source[self.row[:, None], self.position.gather(1, order)]
+        return Tokens(position, self.index.gather(1, order), keep.gather(1, order), self.row, counts)
+
+
+@dataclass
+class Forward:
+    """One call of the model, from the backbone's entry to its exit."""
+
+    compression: Compression
+    image_mask: Tensor | None
+    """(batch, length) bool: the image placeholders."""
+    features: list[Tensor] = field(default_factory=list)
+    """The projected features of each image, in prompt order: (tokens, hidden)."""
+    record: Record = field(default_factory=dict)
+    tokens: Tokens | None = None
+    keep: list[tuple[int, ...]] = field(default_factory=list)
+    """For each image how many tokens stay after each stage."""
+    busy: bool = False
+    """Whether this call has anything to do at all; otherwise nothing is touched."""
+    cache: Any = None
+    state: CacheState | None = None
+    spans: list[Span] = field(default_factory=list)
+    mask: Tensor | None = None
+    """(batch, length) bool of the current sequence; None when all of it is real."""
+    lengths: list[int] = field(default_factory=list)
+    """Real positions of each row of the current sequence."""
+    batch: int = 0
+    length: int = 0
+    """Of the current sequence."""
+    entered: int = 0
+    """Length of the sequence as it came in."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    started: object = None
+    sources: list[tuple[int, Tensor]] = field(default_factory=list)
+    """(layer, (batch, original length)): from this layer on, which position answers for each original one."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    replaced: dict[str, Any] = field(default_factory=dict)
+    """The keyword arguments that the current span of layers gets instead of the text model's own."""
+
+    # -- entry ----------------------------------------------------------------------------------------------------
+
+    def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Before the text model runs: locate the tokens, run the encoder-site stages, align masks and positions."""
+        embeds, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        self.batch, self.entered = embeds.shape[:2]
+        self.length, self.device = self.entered, embeds.device
+        self.started = Clock.now(self.device)
+        self.cache = kwargs.get("past_key_values")
+        self.lengths = [self.length] * self.batch
+        if attention_mask is not None and attention_mask.ndim == 2:
+            self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
+            self.lengths = self.mask.sum(1).tolist()
+        self.state = self._past(attention_mask)
+        self._plan()
+        if self.busy:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+            kwargs = self._encoder_site(embeds, kwargs)
+        self._begin_span(0)
+        return kwargs
+
+    def _encoder_site(self, embeds: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(self.length, device=self.device)[None] + self.state.seen
+        for number, stage in enumerate(self.compression.stages):
+            if stage.layer == 0:
+                embeds, positions = self.run_stage(number, embeds, positions)
+        if not self.sources and self.state.span(0).length == self.state.seen:
+            return kwargs
+        mask = self._visible(0)
+        if mask is None and self.cache is None:
+            # gapped positions with neither mask nor cache would be taken for packed sequences
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device)
+        return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
+
+    def _past(self, attention_mask: Tensor | None) -> CacheState:
+        """What the cache holds. Without a state of ours it holds every layer's keys in full."""
+        if (state := getattr(self.cache, "vtc", None)) is not None:
+            held = self.cache.layers[0].get_seq_length()
+            if held != state.span(0).length:
+                raise RuntimeError(
+                    f"the cache holds {held} keys in layer 0 where vtc left {state.span(0).length}: a pruned cache cannot be "
+                    "cropped or edited; start again from the prompt"
+                )
+            return state
+        seen = self.cache.get_seq_length() if self.cache is not None else 0
+        past = attention_mask[:, : -self.length].bool() if seen and attention_mask is not None else None
+        return CacheState(seen, [Span(0, seen, past)], Trace())
+
+    def _plan(self) -> None:
+        """How many tokens of each image stay at each stage, and whether that means any work."""
+        compression = self.compression
+        sizes = [len(feature) for feature in self.features]
+        self.keep = [compression.keep(size) for size in sizes]
+        drops = any(kept and min(kept) < size for kept, size in zip(self.keep, sizes, strict=True))
+        self.busy = drops or len(self.state.spans) > 1 or self.state.span(0).length != self.state.seen
+        if sizes:
+            self.tokens = Tokens.locate(self.image_mask.to(self.device), sizes)
+        if sizes or self.state.trace.depth == 0:
+            rows = self.tokens.row.tolist() if sizes else []
+            self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes)
+            self.state.trace.clock.spans += [
+                ("vision", *f.vtc.span) for f in self.features[:1] if hasattr(f, "vtc")
+            ]
+            compression.publish(self.state.trace)
+        if sizes and not self.busy:
+            for number in range(len(compression.stages)):
+                self._note(number, self.tokens.valid, None)
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def enter_layer(
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Before decoder layer `layer` runs: its stage, if it has one, and then the arguments of its span."""
+        if not self.replaced:
+            self.rotary = kwargs["position_embeddings"]
+        dropped = len(self.sources)
+        for number, stage in enumerate(self.compression.stages):
+            if stage.layer == layer and layer:
+                hidden, _ = self.run_stage(number, hidden, None)
+        past_starts = any(span.start == layer for span in self.state.spans)
+        if layer and (len(self.sources) > dropped or past_starts):
+            self._begin_span(layer)
+            mask = create_causal_mask(
+                config=self.compression.adapter.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=self._visible(layer),
+                past_key_values=self.cache,
+                layer_idx=layer,
+            )
+            # without position_ids no kernel can mistake their gaps for packed sequences
+            self.replaced = {"attention_mask": mask, "position_embeddings": self.rotary, "position_ids": None}
+        return hidden, {**kwargs, **self.replaced}
+
+    def run_stage(
+        self, number: int, hidden: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score, select and compact: hidden (batch, length, width) and positions (..., batch, length) of what is left."""
+        tokens, counts = self.tokens, [keep[number] for keep in self.keep]
+        if tokens is None:
+            return hidden, positions
+        if counts == tokens.counts:
+            self._note(number, tokens.valid, None)
+            return hidden, positions
+        stage = self.compression.stages[number]
+        with self.state.trace.clock.span("score", hidden.device):
+            seen = Seen({need: self._row(need) for need in stage.needs}, tokens.valid)
+            scores = stage.score(seen)
+            grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
+            keep = stage.select(scores, tokens.valid, torch.tensor(counts, device=hidden.device), grids)
+            self._note(number, keep, scores)
+            plan = self._compact(keep, counts)
+            hidden = compact.gather(hidden, plan.index)
+            positions = None if positions is None else compact.gather(positions, plan.index, dim=-1)
+            if self.rotary is not None:
+                self.rotary = tuple(compact.gather(table, plan.index) for table in self.rotary)
+            source = compact.gather(plan.source, self.sources[-1][1]) if self.sources else plan.source
+            self.sources.append((stage.layer, source))
+        return hidden, positions
+
+    def _compact(self, keep: Tensor, counts: list[int]) -> compact.Plan:
+        """The plan for the whole sequence: text stays, padding goes, visual tokens as `keep` says."""
+        tokens = self.tokens
+        for row, before, after in zip(self.state.trace.rows, tokens.counts, counts, strict=True):
+            self.lengths[row] -= before - after
+        real = self.mask
+        if real is None:
+            real = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        spare = torch.cat(
+            (real, real[:, :1]), dim=1
+        )  # the last column takes the writes of the tokens that stay
+        spare[tokens.row[:, None], torch.where(tokens.valid & ~keep, tokens.position, self.length)] = False
+        plan = compact.plan(spare[:, :-1], self.lengths)
+        self.tokens = tokens.keep(keep, counts, plan.source)
+        self.mask, self.length = plan.mask, plan.index.shape[1]
+        return plan
+
+    def _note(self, number: int, kept: Tensor, scores: Tensor | None) -> None:
+        stage, tokens = self.compression.stages[number], self.tokens
+        self.state.trace.stages.append(StageTrace(stage.layer, tokens.index, tokens.valid, kept, scores))
+
+    def _row(self, need: Need) -> Tensor:
+        """The observed attention row over the visual tokens that are left: (images, heads, tokens) float32."""
+        tokens = self.tokens
+        if isinstance(need, ClsRow):
+            if not all(hasattr(feature, "vtc") and need in feature.vtc.rows for feature in self.features):
+                raise RuntimeError(
+                    "these image features were encoded before vtc.wrap, so CLS attention was not observed"
+                )
+            rows = pad_sequence([feature.vtc.rows[need].T for feature in self.features], batch_first=True)
+            return rows.transpose(1, 2).gather(2, tokens.index[:, None].expand(-1, rows.shape[2], -1))
+        row = self._last_token_row(need)[tokens.row]
+        return row.gather(2, tokens.position[:, None].expand(-1, row.shape[1], -1))
+
+    def _last_token_row(self, need: Need) -> Tensor:
+        """Attention of each row's last real token to the current sequence: (batch, heads, length) float32."""
+        adapter = self.compression.adapter
+        attention = adapter.decoder_attention(adapter.layers[need.layer])
+        query, key = self.record[need, "query"], self.record[need, "key"]
+        last = torch.full((self.batch, 1), self.length - 1, device=key.device)
+        if self.mask is not None:
+            last = last - self.mask.flip(1).long().argmax(1, keepdim=True)
+        cos, sin = self.rotary
+        query = adapter.rotate(
+            split_heads(compact.gather(query, last), attention.heads),
+            compact.gather(cos, last),
+            compact.gather(sin, last),
+        )
+        key = adapter.rotate(split_heads(key, attention.key_heads), cos, sin)
+        past = self.state.span(need.layer)
+        if past.length:
+            key = torch.cat((self.cache.layers[need.layer].keys[:, :, : past.length], key), dim=2)
+        row = attention_row(query[:, :, 0], key, attention.scale, self._visible(need.layer))
+        return row[..., past.length :]
+
+    # -- spans and exit -------------------------------------------------------------------------------------------
+
+    def _visible(self, layer: int) -> Tensor | None:
+        """(batch, cached + current) bool mask of the keys that layer `layer` sees; None when it sees all."""
+        past = self.state.span(layer)
+        return compact.join(past.mask, past.length, self.mask, (self.batch, self.length), self.device)
+
+    def _begin_span(self, layer: int) -> None:
+        past, visible = self.state.span(layer), self._visible(layer)
+        self.spans.append(Span(layer, past.length + self.length, visible))
+
+    def leave_decoder(self, outputs: Any) -> None:
+        """After the text model: outputs in the shape of the unpruned sequence, and the state on to the cache."""
+        if self.sources:
+            outputs.last_hidden_state = compact.gather(outputs.last_hidden_state, self.sources[-1][1])
+            if outputs.get("hidden_states") is not None:
+                # entry 0 is the input of layer 0, entry n the output of layer n - 1
+                outputs["hidden_states"] = tuple(
+                    self._restored(max(entry - 1, 0), states)
+                    for entry, states in enumerate(outputs.hidden_states)
+                )
+        cache = outputs.past_key_values
+        if cache is not None:
+            CacheState(self.state.seen + self.entered, self.spans, self.state.trace).attach(cache)
+        self.state.trace.clock.add("prefill" if self.features else "decode", self.started, self.device)
+
+    def _restored(self, layer: int, states: Tensor) -> Tensor:
+        sources = [source for start, source in self.sources if start <= layer]
+        return compact.gather(states, sources[-1]) if sources else states

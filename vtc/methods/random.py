@@ -1,0 +1,39 @@
+"""The first baseline: a random subset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.observe import Seen
+from vtc.stage import Method, Shape, Stage
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep a random subset before the decoder; the baseline that many methods fail to beat.
+
+    The subset depends on the seed and the patch's place alone, so that a row gets the same one in any batch.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "baseline"
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        return (Stage(0, self._scores),)
+
+    def _scores(self, seen: Seen) -> Tensor:
+        draw = _draw(self.seed)[: seen.valid.shape[1]]
+        return draw.to(seen.valid.device).expand_as(seen.valid)
+
+
+@cache
+def _draw(seed: int) -> Tensor:
+    """One long draw, of which every image takes the beginning: so it does not depend on the batch around the image."""
+    return torch.rand(1 << 16, generator=torch.Generator().manual_seed(seed))

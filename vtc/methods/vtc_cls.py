@@ -1,0 +1,37 @@
+"""VTC-CLS: rank patches by the attention that the vision tower's own [CLS] token pays to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtc import scores
+from vtc.observe import ClsRow
+from vtc.stage import Method, Shape, Stage
+
+
+@dataclass(frozen=True)
+class VtcCls(Method):
+    """Keep the patches that the vision tower's [CLS] token attends to, summed over a few late blocks.
+
+    "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (arXiv 2412.05819), released code: the
+    head-mean of the post-softmax CLS row, not re-normalised over patches, summed over the last `layers` blocks that the
+    projector can see (LLaVA reads hidden_states[-2], so the tower's last block takes no part); top-k, raster order.
+    Unlike the released code, survivors keep their original positions.
+    """
+
+    layers: int | None = None
+    """Blocks of the ensemble, counted back from the one that the projector reads. None: the paper's 3 of 24, scaled."""
+
+    name: ClassVar[str] = "vtc-cls"
+    paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        depth = shape.tower_layers
+        layers = self.layers or max(1, round(3 * (depth + 1) / 24))
+        if layers > depth:
+            raise ValueError(
+                f"layers={layers}, but the projector sees only {depth} blocks of this vision tower"
+            )
+        needs = tuple(ClsRow(layer) for layer in range(depth - layers, depth))
+        return (Stage(0, lambda seen: scores.attention_sum(seen[need] for need in needs), needs),)

@@ -1,0 +1,42 @@
+"""Which tokens stay: pure functions from importances to a keep mask.
+
+Shapes: `scores` (images, tokens) float32; `valid` (images, tokens) bool, False where an image has fewer tokens than
+the widest one; `keep` (images,) int64; the result (images, tokens) bool with exactly `keep` True entries an image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, valid: Tensor, keep: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    """The `keep` highest scores of each image; among equals the earlier token wins."""
+    order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return (rank < keep[:, None]) & valid
+
+
+def grid(scores: Tensor, valid: Tensor, keep: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    """`keep` tokens evenly spaced over each image's (height, width) patch grid; the scores are not looked at."""
+    picked = torch.zeros_like(valid)
+    for image, ((height, width), count) in enumerate(zip(grids, keep.tolist(), strict=True)):
+        picked[image, evenly_spaced(height, width, count)] = True
+    return picked
+
+
+def evenly_spaced(height: int, width: int, count: int) -> list[int]:
+    """Raster indices of `count` cells of a height x width grid: evenly spaced rows, each with evenly spaced cells."""
+    if count == 0:
+        return []
+    rows = min(height, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
+    ends = [count * row // rows for row in range(rows + 1)]
+    cells = []
+    for row, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        y = (2 * row + 1) * height // (2 * rows)
+        cells += [y * width + (2 * cell + 1) * width // (2 * (end - start)) for cell in range(end - start)]
+    return cells

@@ -1,0 +1,144 @@
+"""The vocabulary: where visual tokens leave (`Stage`), how many may stay (`Budget`), and who decides (`Method`).
+
+A method is a frozen dataclass whose hyper-parameters make a tuple of stages. What no method may get wrong (text is
+never dropped, at least one token stays, keep lists are sorted, one compaction routine) lives outside the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc import select
+from vtc.observe import Need, Seen
+
+Budget = int | float
+"""Visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's tokens (float)."""
+
+
+class BudgetError(ValueError):
+    """A budget that the method cannot reach on this model; `floor` is the lowest fraction that it can."""
+
+    def __init__(self, message: str, floor: float):
+        super().__init__(message)
+        self.floor = floor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The depths of a model that layer numbers of a paper are scaled to."""
+
+    decoder_layers: int
+    tower_layers: int
+    """Blocks of the vision tower up to and including the one whose output the projector reads."""
+
+    def scaled(self, layer: int, of: int) -> int:
+        """A paper's decoder layer `layer` of `of`, at the same relative depth here; never before layer 1."""
+        return max(1, round(layer * self.decoder_layers / of))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where visual tokens leave: before decoder layer `layer` runs; 0 is the encoder site.
+
+    `score` maps what was seen to importances, shape (images, tokens), float32, higher stays. `needs` says what has to
+    be observed for it. `select` turns scores into a keep mask.
+    """
+
+    layer: int
+    score: Callable[[Seen], Tensor]
+    needs: tuple[Need, ...] = ()
+    select: Callable[..., Tensor] = field(default=select.top_k)
+
+
+class Method:
+    """Base of all methods. A subclass is a frozen dataclass that defines `stages`, and `ratios` if its paper has knobs."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        """The stages for a model of this shape, by ascending layer."""
+        raise NotImplementedError
+
+    def ratios(self) -> tuple[float, ...] | None:
+        """The paper's native knobs: the share of the image's tokens kept after each stage. None: a budget is needed."""
+        return None
+
+    def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
+        """The share of the image's tokens kept after each stage, for a knob in [0, 1]; must not fall as the knob rises."""
+        return (knob,) * stages
+
+    def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
+        """How many of an image's `tokens` stay after each stage.
+
+        Raises `BudgetError` when the layer-averaged `budget` is out of this method's reach.
+        """
+        return _keep(self, tokens, budget, shape)
+
+
+def check_budget(budget: Budget | None) -> None:
+    """Raise for anything that is neither a count (int >= 0) nor a fraction (float in (0, 1])."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a number of tokens (int) or a fraction (float), not {budget!r}")
+    if isinstance(budget, int) and budget < 0:
+        raise ValueError(f"budget must not be negative, got {budget}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(
+            f"a fractional budget lies in (0, 1], got {budget}; for a number of tokens pass an int"
+        )
+
+
+def average_tokens(tokens: int, kept: tuple[int, ...], layers: tuple[int, ...], depth: int) -> float:
+    """Visual tokens of one image averaged over `depth` decoder layers, when `kept[s]` are left from `layers[s]` on."""
+    counts, starts = (tokens, *kept), (0, *layers, depth)
+    return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / depth
+
+
+@lru_cache(maxsize=4096)
+def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
+    layers = tuple(stage.layer for stage in method.stages(shape))
+    depth = shape.decoder_layers
+
+    def counts(ratios: tuple[float, ...]) -> tuple[int, ...]:
+        return tuple(min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
+
+    if budget is None:
+        ratios = method.ratios()
+        if ratios is None:
+            raise ValueError(
+                f"{method.name} has no default number of tokens: pass budget=, for example budget=0.25"
+            )
+        return counts(ratios)
+    target = budget * tokens if isinstance(budget, float) else budget
+    if target >= tokens or not tokens:
+        return (tokens,) * len(layers)
+    if target == 0 and set(layers) == {0}:
+        return (0,) * len(layers)
+    floor = average_tokens(tokens, counts(method.schedule(0.0, len(layers))), layers, depth)
+    if target < floor - 0.5:
+        raise BudgetError(
+            f"{method.name} cannot reach {target:g} of {tokens} visual tokens averaged over {depth} decoder layers: its first "
+            f"drop is before layer {layers[0]}, so its range is {floor:.1f} to {tokens} tokens "
+            f"({floor / tokens:.3f} to 1.0 of the image)",
+            floor=floor / tokens,
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):  # the average rises with the knob: bisect
+        middle = (low + high) / 2
+        if (
+            average_tokens(
+                tokens, tuple(r * tokens for r in method.schedule(middle, len(layers))), layers, depth
+            )
+            < target
+        ):
+            low = middle
+        else:
+            high = middle
+    return counts(method.schedule(high, len(layers)))

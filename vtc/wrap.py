@@ -1,0 +1,215 @@
+"""The one call: find the adapter, bind the method, install the hooks; and take all of it back."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vtc import adapter as adapters
+from vtc.forward import Encoded, Forward, current
+from vtc.methods import methods
+from vtc.observe import ClsRow, cls_row, recording, watch
+from vtc.stage import Budget, Method, check_budget
+from vtc.trace import Clock, Trace
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Model:
+    """Make `model` read fewer visual tokens, in place.
+
+    Args:
+        model: a Hugging Face vision-language model of a family that `vtc` has an adapter for.
+        method: a name out of `vtc.methods()` or a method object such as `FastV(layer=3, ratio=0.5)`.
+        budget: visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's
+            tokens (float in (0, 1]). None: the method's own defaults.
+
+    Returns:
+        The same object. `model.vtc.trace` tells what happened in the last forward or generate. A model that was
+        wrapped already is wrapped anew.
+
+    Raises:
+        ValueError: unknown method (the message lists the known), or a method that cannot work on this model.
+        BudgetError: a budget out of the method's reach (the message names the range). Where the number of tokens is only
+            known at run time, so is the error.
+        TypeError: a model of an unknown family (the message lists the known).
+    """
+    compression = Compression(model, _resolve(method), budget)
+    unwrap(model)
+    compression.install()
+    model.vtc = compression
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take everything back that `wrap` did: hooks, the patched method, the `vtc` attribute. Harmless on a bare model."""
+    if (compression := model.__dict__.get("vtc")) is not None:
+        compression.remove()
+        del model.vtc
+    return model
+
+
+@contextmanager
+def compressed(model: nn.Module, method: str | Method, budget: Budget | None = None) -> Iterator[LiveTrace]:
+    """`wrap` for the length of a `with` block; a wrapping that was there before comes back. Yields the latest trace."""
+    before = model.__dict__.get("vtc")
+    wrap(model, method, budget)
+    try:
+        yield LiveTrace(model.vtc)
+    finally:
+        unwrap(model)
+        if before is not None:
+            before.install()
+            model.vtc = before
+
+
+def _resolve(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    known = methods()
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}; vtc knows {', '.join(sorted(known))}")
+    return known[method]()
+
+
+class Compression:
+    """What `model.vtc` is: the bound method, the hooks, and the trace of the last forward."""
+
+    def __init__(self, model: nn.Module, method: Method, budget: Budget | None):
+        check_budget(budget)
+        self.adapter = adapters.find(model)
+        self.method, self.budget = method, budget
+        self.shape = self.adapter.shape()
+        self.stages = method.stages(self.shape)
+        self._handles: list[Any] = []
+        self._last = threading.local()
+        self._latest = Trace()
+        if any(isinstance(need, ClsRow) for need in self._needs()) and not self.adapter.has_cls():
+            raise ValueError(f"{method.name} scores by CLS attention, and this vision tower has no CLS token")
+        if (tokens := self.adapter.tokens_per_image()) is not None:
+            self.keep(tokens)
+
+    @property
+    def trace(self) -> Trace:
+        """Of this thread's last forward or generate; of the latest anywhere if this thread has run none."""
+        return getattr(self._last, "trace", self._latest)
+
+    def publish(self, trace: Trace) -> None:
+        self._last.trace = self._latest = trace
+
+    def keep(self, tokens: int) -> tuple[int, ...]:
+        """How many of an image's `tokens` stay after each stage."""
+        return self.method.keep(tokens, self.budget, self.shape)
+
+    def _needs(self) -> set:
+        return {need for stage in self.stages for need in stage.needs}
+
+    def _attention(self, need):
+        if isinstance(need, ClsRow):
+            return self.adapter.tower_attention(self.adapter.tower_blocks()[need.layer])
+        return self.adapter.decoder_attention(self.adapter.layers[need.layer])
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        backbone, decoder = self.adapter.backbone, self.adapter.decoder
+        backbone.get_image_features = self._observed_features(backbone.get_image_features)
+        self._handles = [
+            backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
+            backbone.register_forward_hook(self._leave, always_call=True),
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._leave_decoder),
+            *(
+                layer.register_forward_pre_hook(
+                    functools.partial(self._enter_layer, number), with_kwargs=True
+                )
+                for number, layer in enumerate(self.adapter.layers)
+            ),
+        ]
+        for need in self._needs():
+            self._handles += watch(self._attention(need), need)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        del self.adapter.backbone.get_image_features
+
+    def _observed_features(self, original):
+        """`get_image_features` that leaves on each image's features what the tower showed about it."""
+        needs = [need for need in self._needs() if isinstance(need, ClsRow)]
+
+        @functools.wraps(original)
+        def get_image_features(*args, **kwargs):
+            record, start = {}, Clock.now(self.adapter.model.device)
+            token = recording.set(record)
+            try:
+                outputs = original(*args, **kwargs)
+            finally:
+                recording.reset(token)
+            span = (start, Clock.now(self.adapter.model.device))
+            rows = {need: cls_row(record, need, self._attention(need)) for need in needs}
+            features = getattr(outputs, "pooler_output", outputs[0])
+            for image, feature in enumerate(features):
+                feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, span)
+            if (forward := current.get()) is not None:
+                forward.features = list(features)
+            return outputs
+
+        return get_image_features
+
+    def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = ("input_ids", "pixel_values")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        forward = Forward(self, self._image_mask(ids, embeds))
+        image = (given.get("mm_encoder_outputs") or {}).get("image")
+        if image is not None:
+            forward.features = list(image.pooler_output)
+        current.set(forward)
+
+    def _image_mask(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """(batch, length) bool: the image placeholders, from ids or, without ids, from their embedding."""
+        token = self.adapter.image_token_id
+        if ids is not None:
+            return ids == token
+        embedding = self.adapter.backbone.get_input_embeddings()
+        return (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
+
+    def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
+        current.set(None)
+        recording.set(None)
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if (forward := current.get()) is None:
+            return None
+        kwargs = forward.enter_decoder(kwargs)
+        recording.set(forward.record if forward.busy and forward.features else None)
+        return args, kwargs
+
+    def _leave_decoder(self, decoder: nn.Module, args: tuple, outputs: Any) -> None:
+        if (forward := current.get()) is not None:
+            recording.set(None)
+            forward.leave_decoder(outputs)
+
+    def _enter_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if (forward := current.get()) is None or not forward.busy:
+            return None
+        hidden, kwargs = forward.enter_layer(number, args[0], kwargs)
+        return (hidden, *args[1:]), kwargs
+
+
+class LiveTrace:
+    """The latest trace of a wrapping, also after the wrapping was taken back."""
+
+    def __init__(self, compression: Compression):
+        self._compression = compression
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compression.trace, name)
