@@ -38,6 +38,7 @@ def llava(seed: int = 0, attn: str = "sdpa", layers: int = 6, grid: int = 6) -> 
         attn_implementation=attn,
     )
     model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.suppress_tokens = [IMAGE]
     for name, weight in model.named_parameters():  # random weights of the default size give all but uniform attention
         if "vision_tower" in name and weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.15)

@@ -95,7 +95,7 @@ def register(adapter: type[Adapter]) -> type[Adapter]:
 
 
 def find(model: nn.Module) -> Adapter:
-    """The adapter for `model`, by `config.model_type`. Raises TypeError that names the families and where to add one."""
+    """The adapter for `model`, by `config.model_type`. Raises a TypeError that names the known families."""
     import vtc.integrations
 
     for module in pkgutil.iter_modules(vtc.integrations.__path__):

@@ -34,7 +34,7 @@ def plan(keep: Tensor, lengths: list[int]) -> Plan:
 
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """x[..., index, ...] along `dim`, with a (batch, kept) index and the batch just before `dim` (size 1 broadcasts)."""
+    """x[..., index, ...] along `dim`, with a (batch, kept) index and the batch right before `dim` (1 broadcasts)."""
     dim %= x.ndim
     index = index.to(x.device)
     shape = list(x.shape)
@@ -44,10 +44,8 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return x.gather(dim, index.expand(shape))
 
 
-def join(
-    past: Tensor | None, past_length: int, new: Tensor | None, shape: tuple[int, int], device
-) -> Tensor | None:
-    """The (batch, past_length + length) mask of cached and new keys, for new keys of `shape`; None when all are visible."""
+def join(past: Tensor | None, past_length: int, new: Tensor | None, shape: tuple[int, int], device) -> Tensor | None:
+    """The (batch, past_length + length) mask of cached keys and new ones of `shape`; None when all are visible."""
     if past is None and new is None:
         return None
     past = torch.ones(shape[0], past_length, dtype=torch.bool) if past is None else past

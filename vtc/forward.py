@@ -1,7 +1,7 @@
 """One forward of a wrapped model: from merged embeddings, through the stages, to outputs of the usual shape.
 
 The state of a pass belongs to the call (`Forward`, found through a context variable) and, between prefill and decoding,
-to the cache object (`CacheState`); never to the module. So two threads may use one model, and generations may interleave.
+to the cache object (`CacheState`); never to the module. So threads may share a model, and generations interleave.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
 from vtc import compact
-from vtc.observe import ClsRow, Need, Record, Seen, attention_row, recording, split_heads
+from vtc.observe import ClsRow, Need, Record, Seen, attention_row, split_heads
 from vtc.trace import Clock, StageTrace, Trace
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ class Forward:
             held = self.cache.layers[0].get_seq_length()
             if held != state.span(0).length:
                 raise RuntimeError(
-                    f"the cache holds {held} keys in layer 0 where vtc left {state.span(0).length}: a pruned cache cannot be "
-                    "cropped or edited; start again from the prompt"
+                    f"the cache holds {held} keys in layer 0 where vtc left {state.span(0).length}: a pruned cache "
+                    "cannot be cropped or edited; start again from the prompt"
                 )
             return state
         seen = self.cache.get_seq_length() if self.cache is not None else 0
@@ -203,9 +203,7 @@ class Forward:
         if sizes or self.state.trace.depth == 0:
             rows = self.tokens.row.tolist() if sizes else []
             self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes)
-            self.state.trace.clock.spans += [
-                ("vision", *f.vtc.span) for f in self.features[:1] if hasattr(f, "vtc")
-            ]
+            self.state.trace.clock.spans += [("vision", *f.vtc.span) for f in self.features[:1] if hasattr(f, "vtc")]
             compression.publish(self.state.trace)
         if sizes and not self.busy:
             for number in range(len(compression.stages)):
@@ -213,9 +211,7 @@ class Forward:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
-    def enter_layer(
-        self, layer: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def enter_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Before decoder layer `layer` runs: its stage, if it has one, and then the arguments of its span."""
         if not self.replaced:
             self.rotary = kwargs["position_embeddings"]
@@ -237,10 +233,8 @@ class Forward:
             self.replaced = {"attention_mask": mask, "position_embeddings": self.rotary, "position_ids": None}
         return hidden, {**kwargs, **self.replaced}
 
-    def run_stage(
-        self, number: int, hidden: Tensor, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Score, select and compact: hidden (batch, length, width) and positions (..., batch, length) of what is left."""
+    def run_stage(self, number: int, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Score, select, compact: hidden (batch, length, width) and positions (..., batch, length) of what is left."""
         tokens, counts = self.tokens, [keep[number] for keep in self.keep]
         if tokens is None:
             return hidden, positions
@@ -271,9 +265,7 @@ class Forward:
         real = self.mask
         if real is None:
             real = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        spare = torch.cat(
-            (real, real[:, :1]), dim=1
-        )  # the last column takes the writes of the tokens that stay
+        spare = torch.cat((real, real[:, :1]), dim=1)  # the last column takes the writes of the tokens that stay
         spare[tokens.row[:, None], torch.where(tokens.valid & ~keep, tokens.position, self.length)] = False
         plan = compact.plan(spare[:, :-1], self.lengths)
         self.tokens = tokens.keep(keep, counts, plan.source)
@@ -336,8 +328,7 @@ class Forward:
             if outputs.get("hidden_states") is not None:
                 # entry 0 is the input of layer 0, entry n the output of layer n - 1
                 outputs["hidden_states"] = tuple(
-                    self._restored(max(entry - 1, 0), states)
-                    for entry, states in enumerate(outputs.hidden_states)
+                    self._restored(max(entry - 1, 0), states) for entry, states in enumerate(outputs.hidden_states)
                 )
         cache = outputs.past_key_values
         if cache is not None:

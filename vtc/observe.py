@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ClsRow:
-    """Post-softmax attention of the vision tower's CLS query at block `layer`: (images, heads, tokens), CLS column dropped."""
+    """Post-softmax attention of the tower's CLS query at block `layer`: (images, heads, tokens), CLS column dropped."""
 
     layer: int
 

@@ -7,6 +7,7 @@ the widest one; `keep` (images,) int64; the result (images, tokens) bool with ex
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def evenly_spaced(height: int, width: int, count: int) -> list[int]:
     rows = min(height, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
     ends = [count * row // rows for row in range(rows + 1)]
     cells = []
-    for row, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for row, (start, end) in enumerate(pairwise(ends)):
         y = (2 * row + 1) * height // (2 * rows)
         cells += [y * width + (2 * cell + 1) * width // (2 * (end - start)) for cell in range(end - start)]
     return cells

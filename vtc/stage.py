@@ -17,7 +17,7 @@ from vtc import select
 from vtc.observe import Need, Seen
 
 Budget = int | float
-"""Visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's tokens (float)."""
+"""Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""
 
 
 class BudgetError(ValueError):
@@ -56,7 +56,7 @@ class Stage:
 
 
 class Method:
-    """Base of all methods. A subclass is a frozen dataclass that defines `stages`, and `ratios` if its paper has knobs."""
+    """Base of all methods: a subclass is a frozen dataclass with `stages`, and `ratios` if its paper has knobs."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -70,7 +70,7 @@ class Method:
         return None
 
     def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
-        """The share of the image's tokens kept after each stage, for a knob in [0, 1]; must not fall as the knob rises."""
+        """The share of the image's tokens kept after each stage for a knob in [0, 1]; rises with the knob."""
         return (knob,) * stages
 
     def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
@@ -90,9 +90,7 @@ def check_budget(budget: Budget | None) -> None:
     if isinstance(budget, int) and budget < 0:
         raise ValueError(f"budget must not be negative, got {budget}")
     if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ValueError(
-            f"a fractional budget lies in (0, 1], got {budget}; for a number of tokens pass an int"
-        )
+        raise ValueError(f"a fractional budget lies in (0, 1], got {budget}; for a number of tokens pass an int")
 
 
 def average_tokens(tokens: int, kept: tuple[int, ...], layers: tuple[int, ...], depth: int) -> float:
@@ -101,7 +99,7 @@ def average_tokens(tokens: int, kept: tuple[int, ...], layers: tuple[int, ...], 
     return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / depth
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # typed: a budget of 1 token is not a budget of 1.0
 def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
     layers = tuple(stage.layer for stage in method.stages(shape))
     depth = shape.decoder_layers
@@ -112,9 +110,7 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     if budget is None:
         ratios = method.ratios()
         if ratios is None:
-            raise ValueError(
-                f"{method.name} has no default number of tokens: pass budget=, for example budget=0.25"
-            )
+            raise ValueError(f"{method.name} has no default number of tokens: pass budget=, for example budget=0.25")
         return counts(ratios)
     target = budget * tokens if isinstance(budget, float) else budget
     if target >= tokens or not tokens:
@@ -124,8 +120,8 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     floor = average_tokens(tokens, counts(method.schedule(0.0, len(layers))), layers, depth)
     if target < floor - 0.5:
         raise BudgetError(
-            f"{method.name} cannot reach {target:g} of {tokens} visual tokens averaged over {depth} decoder layers: its first "
-            f"drop is before layer {layers[0]}, so its range is {floor:.1f} to {tokens} tokens "
+            f"{method.name} cannot reach {target:g} of {tokens} visual tokens averaged over {depth} decoder layers: "
+            f"its first drop is before layer {layers[0]}, so its range is {floor:.1f} to {tokens} tokens "
             f"({floor / tokens:.3f} to 1.0 of the image)",
             floor=floor / tokens,
         )
@@ -133,9 +129,7 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     for _ in range(40):  # the average rises with the knob: bisect
         middle = (low + high) / 2
         if (
-            average_tokens(
-                tokens, tuple(r * tokens for r in method.schedule(middle, len(layers))), layers, depth
-            )
+            average_tokens(tokens, tuple(r * tokens for r in method.schedule(middle, len(layers))), layers, depth)
             < target
         ):
             low = middle

@@ -42,7 +42,7 @@ class Trace:
     clock: Clock = field(default_factory=lambda: Clock())
 
     def alive(self, layer: int) -> list[Tensor]:
-        """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer`, as LongTensor."""
+        """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""
         if not 0 <= layer < self.depth:
             raise IndexError(f"the decoder has layers 0 to {self.depth - 1}, not {layer}")
         past = [number for number, stage in enumerate(self.stages) if stage.layer <= layer]
@@ -67,9 +67,7 @@ class Trace:
         if record.scores is None:
             raise ValueError("this stage kept every token, so nothing was scored")
         valid, scores = record.valid.cpu(), record.scores.float().cpu()
-        return self._per_row(
-            [score[is_token] for score, is_token in zip(scores, valid, strict=True)], offset=False
-        )
+        return self._per_row([score[is_token] for score, is_token in zip(scores, valid, strict=True)], offset=False)
 
     @property
     def tokens_per_layer(self) -> Tensor:
@@ -85,7 +83,7 @@ class Trace:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by part: vision, score (with selection and compaction), prefill, decode (all steps after the prefill)."""
+        """Seconds by part: vision, score (with selection and compaction), prefill, decode (all later steps)."""
         return self.clock.seconds()
 
     def _per_row(self, per_image: list[Tensor], offset: bool) -> list[Tensor]:

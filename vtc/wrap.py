@@ -36,8 +36,8 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
 
     Raises:
         ValueError: unknown method (the message lists the known), or a method that cannot work on this model.
-        BudgetError: a budget out of the method's reach (the message names the range). Where the number of tokens is only
-            known at run time, so is the error.
+        BudgetError: a budget out of the method's reach (the message names the range). Where the number of tokens
+            is only known at run time, so is the error.
         TypeError: a model of an unknown family (the message lists the known).
     """
     compression = Compression(model, _resolve(method), budget)
@@ -48,7 +48,7 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
 
 
 def unwrap(model: Model) -> Model:
-    """Take everything back that `wrap` did: hooks, the patched method, the `vtc` attribute. Harmless on a bare model."""
+    """Take back all that `wrap` did: hooks, the patched method, the `vtc` attribute. Harmless on a bare model."""
     if (compression := model.__dict__.get("vtc")) is not None:
         compression.remove()
         del model.vtc
@@ -126,9 +126,7 @@ class Compression:
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._leave_decoder),
             *(
-                layer.register_forward_pre_hook(
-                    functools.partial(self._enter_layer, number), with_kwargs=True
-                )
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
                 for number, layer in enumerate(self.adapter.layers)
             ),
         ]

@@ -1,4 +1,4 @@
-"""One file a paper. A file in this folder that defines a `Method` with a `name` is a method; nothing else registers it."""
+"""One file a paper. A file here that defines a `Method` with a `name` is a method; nothing else registers it."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from vtc.stage import Method, Shape, Stage
 class FastV(Method):
     """Before decoder layer K drop the image tokens that the last prompt token attends to least in layer K - 1.
 
-    "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764), released code: the head-mean of the post-softmax row
-    of the last prompt token only (the text speaks of the average over tokens; the code does not average); original
-    positions; pruned once, at prefill.
+    "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764), released code: the head-mean of the post-softmax
+    row of the last prompt token only (the text speaks of the average over tokens; the code does not average);
+    original positions; pruned once, at prefill.
     """
 
     layer: int | None = None

@@ -30,8 +30,6 @@ class VtcCls(Method):
         depth = shape.tower_layers
         layers = self.layers or max(1, round(3 * (depth + 1) / 24))
         if layers > depth:
-            raise ValueError(
-                f"layers={layers}, but the projector sees only {depth} blocks of this vision tower"
-            )
+            raise ValueError(f"layers={layers}, but the projector sees only {depth} blocks of this vision tower")
         needs = tuple(ClsRow(layer) for layer in range(depth - layers, depth))
         return (Stage(0, lambda seen: scores.attention_sum(seen[need] for need in needs), needs),)

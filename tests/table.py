@@ -1,0 +1,31 @@
+"""The table that every method and every family is in: a new one inherits all behaviour tests by a line here."""
+
+from __future__ import annotations
+
+from models import llava
+
+from vtc.methods.fastv import FastV
+from vtc.methods.random import Random
+from vtc.methods.uniform import Uniform
+from vtc.methods.vtc_cls import VtcCls
+
+FAMILIES = {"llava": llava}
+
+METHODS = {  # from easy to hard settings
+    "random-half": (Random(), 0.5),
+    "random-one": (Random(seed=1), 1),
+    "uniform": (Uniform(), 0.25),
+    "vtc-cls": (VtcCls(), 0.4),
+    "vtc-cls-ensemble": (VtcCls(layers=3), 5),
+    "fastv-native": (FastV(), None),
+    "fastv-early": (FastV(layer=1), 0.3),
+    "fastv-late": (FastV(layer=4, ratio=0.9), None),
+}
+
+BATCHES = {  # images of each row, padding side
+    "single": ((1,), None),
+    "two-images": ((2,), None),
+    "left-padded": ((1, 1, 1), "left"),
+    "right-padded": ((1, 1, 1), "right"),
+    "mixed": ((2, 0, 1), "left"),
+}

@@ -1,0 +1,427 @@
+"""The promises of the design, for every method and family in the table."""
+
+import copy
+import threading
+
+import oracle
+import pytest
+import torch
+from models import prompt
+from table import BATCHES, FAMILIES, METHODS
+
+import vtc
+from vtc.methods.fastv import FastV
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=BATCHES)
+def inputs(request, model):
+    images, pad = BATCHES[request.param]
+    return prompt(model, images, pad=pad)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(model):
+    yield
+    vtc.unwrap(model)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def fingerprint(model):
+    """Everything on the modules that wrapping could leave behind."""
+    return [
+        (name, sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+# -- nothing is nothing -------------------------------------------------------------------------------------------
+
+
+def test_full_budget_is_bit_identical(model, method, inputs):
+    untouched, text = logits(model, inputs), model.generate(**inputs, **GREEDY)
+    vtc.wrap(model, method[0], 1.0)
+    assert torch.equal(logits(model, inputs), untouched)
+    assert torch.equal(model.generate(**inputs, **GREEDY), text)
+
+
+def test_unwrapped_is_bit_identical_and_bare(model, method, inputs):
+    untouched, before = logits(model, inputs), fingerprint(model)
+    assert not torch.equal(logits(vtc.wrap(model, *method), inputs), untouched)
+    vtc.unwrap(model)
+    assert torch.equal(logits(model, inputs), untouched)
+    assert fingerprint(model) == before
+
+
+def test_no_hook_stays_after_an_exception(model, method):
+    inputs, before = prompt(model), fingerprint(model)
+
+    def explode(ids, scores):
+        raise RuntimeError("inside generate")
+
+    with pytest.raises(RuntimeError, match="inside generate"), vtc.compressed(model, *method):
+        model.generate(**inputs, **GREEDY, logits_processor=[explode])
+    assert fingerprint(model) == before
+
+
+def test_an_exception_in_a_layer_does_not_spoil_the_next_call(model, method):
+    inputs = prompt(model)
+    vtc.wrap(model, *method)
+    expected = logits(model, inputs)
+    handle = model.base_model.language_model.layers[-1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, inputs)
+    handle.remove()
+    assert torch.equal(logits(model, inputs), expected)
+
+
+# -- dropping is masking ------------------------------------------------------------------------------------------
+
+
+def test_dropping_is_masking(model, method, inputs):
+    """Prefill and 8 decoded tokens against the full model with the dropped keys masked in the layers after the drop."""
+    vtc.wrap(model, *method)
+    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    trace, length = model.vtc.trace, inputs["input_ids"].shape[1]
+    prefill = logits(model, inputs) if inputs["attention_mask"][:, 0].all() else None
+    vtc.unwrap(model)
+    new = out.sequences[:, length:]
+    if inputs["attention_mask"][:, -1].all():
+        expected = oracle.masked_logits(model, trace, inputs, new[:, :-1])[:, length - 1 :]
+        torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+    if prefill is not None:
+        expected = oracle.masked_logits(model, trace, inputs, new[:, :0])
+        stays = oracle.visible_keys(model, trace, inputs)[-1]
+        torch.testing.assert_close(prefill[stays], expected[stays], atol=1e-4, rtol=1e-4)
+
+
+def test_eager_and_sdpa_agree(method):
+    inputs = prompt(sdpa := FAMILIES["llava"]())
+    eager = FAMILIES["llava"](attn="eager")
+    a, b = (logits(vtc.wrap(m, *method), inputs) for m in (sdpa, eager))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_without_cache(model, method):
+    """Gapped positions with neither mask nor cache must not be taken for packed sequences."""
+    inputs = prompt(model)
+    mask = inputs.pop("attention_mask")
+    vtc.wrap(model, *method)
+    with torch.no_grad():
+        out = model(**inputs, use_cache=False).logits
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    inputs["attention_mask"] = mask
+    expected = oracle.masked_logits(model, trace, inputs, mask[:, :0])
+    torch.testing.assert_close(out[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+
+
+# -- batches, turns, modes ----------------------------------------------------------------------------------------
+
+
+def test_padded_batch_equals_single_runs(model, method):
+    batch = prompt(model, (1, 2, 1), pad="left")
+    vtc.wrap(model, *method)
+    together = model.generate(**batch, **GREEDY)[:, -8:]
+    kept, image = model.vtc.trace.kept(), 0
+    for row, images in enumerate((1, 2, 1)):
+        real = batch["attention_mask"][row].bool()
+        alone = {
+            "input_ids": batch["input_ids"][row][real][None],
+            "attention_mask": real[real][None].long(),
+            "pixel_values": batch["pixel_values"][image : image + images],
+        }
+        assert torch.equal(model.generate(**alone, **GREEDY)[0, -8:], together[row])
+        assert torch.equal(model.vtc.trace.kept()[0], kept[row])
+        image += images
+
+
+def test_second_turn_continues_on_the_pruned_cache(model, method):
+    first = prompt(model, (1, 1), pad="left")
+    vtc.wrap(model, *method)
+    out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    trace = model.vtc.trace
+    question = torch.randint(2, 99, (2, 5), generator=torch.Generator().manual_seed(3))
+    ids = torch.cat((out.sequences, question), dim=1)
+    mask = torch.cat((first["attention_mask"], torch.ones(2, 13, dtype=torch.long)), dim=1)
+    second = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=out.past_key_values,
+        **GREEDY,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    vtc.unwrap(model)
+    new = second.sequences[:, first["input_ids"].shape[1] :]
+    expected = oracle.masked_logits(model, trace, first, new[:, :-1])[:, -8:]
+    torch.testing.assert_close(torch.stack(second.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_second_turn_with_a_second_image(model, method):
+    """The new image is pruned by its own right; what turn one dropped stays dropped."""
+    first, second = prompt(model, (1,), seed=1), prompt(model, (1,), seed=2)
+    vtc.wrap(model, *method)
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+        kept = [model.vtc.trace.alive(layer)[0] for layer in range(6)]
+        mask = torch.cat((first["attention_mask"], second["attention_mask"]), dim=1)
+        out = model(**{**second, "attention_mask": mask}, past_key_values=cache).logits
+    trace, size = model.vtc.trace, model.config.image_seq_length
+    both = {key: torch.cat((first[key], second[key]), dim=int(key != "pixel_values")) for key in first}
+    alive = [[torch.cat((old, trace.alive(layer)[0] + size))] for layer, old in enumerate(kept)]
+    vtc.unwrap(model)
+
+    class Both:
+        depth = 6
+
+        def alive(self, layer):
+            return alive[layer]
+
+    expected = oracle.masked_logits(model, Both(), both, mask[:, :0])
+    torch.testing.assert_close(out[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["beams", "samples"])
+def test_beams_and_samples_score_as_the_masked_model(model, method, mode):
+    inputs = prompt(model, (1, 2), pad="left")
+    options = {
+        "beams": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "length_penalty": 0.0},
+        "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+    }[mode]
+    vtc.wrap(model, *method)
+    torch.manual_seed(0)
+    out = model.generate(
+        **inputs, **options, max_new_tokens=5, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    for image_row in range(2):
+        rows = slice(2 * image_row, 2 * image_row + 2)
+        wide = {key: inputs[key][image_row : image_row + 1].repeat(2, 1) for key in ("input_ids", "attention_mask")}
+        pixels = inputs["pixel_values"][:1] if image_row == 0 else inputs["pixel_values"][1:]
+        wide["pixel_values"] = pixels.repeat(2, 1, 1, 1)
+        copies = trace.batch // 2
+
+        class Repeated:
+            depth = trace.depth
+
+            def alive(self, layer, row=image_row * copies):
+                return trace.alive(layer)[row : row + 1] * 2
+
+        expected = oracle.masked_logits(model, Repeated(), wide, new[rows])[:, inputs["input_ids"].shape[1] - 1 : -1]
+        chosen = expected.log_softmax(-1).gather(2, new[rows][..., None])[..., 0]
+        if mode == "beams":
+            torch.testing.assert_close(out.sequences_scores[rows], chosen.sum(1), atol=1e-3, rtol=1e-4)
+        else:
+            torch.testing.assert_close(torch.stack(out.logits, 1)[rows], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_threads_on_one_model(model, method):
+    prompts = [prompt(model, (1,), seed=seed, length=8 + seed) for seed in range(4)]
+    vtc.wrap(model, *method)
+    expected = []
+    for inputs in prompts:
+        expected.append((model.generate(**inputs, **GREEDY), model.vtc.trace.kept()[0]))
+    results = [None] * 4
+
+    def ask(n):
+        for _ in range(3):
+            text = model.generate(**prompts[n], **GREEDY)
+            results[n] = (text, model.vtc.trace.kept()[0])
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for (text, kept), (expected_text, expected_kept) in zip(results, expected, strict=True):
+        assert torch.equal(text, expected_text)
+        assert torch.equal(kept, expected_kept)
+
+
+def test_interleaved_generations_and_a_copied_cache(model, method):
+    """State lives on the cache: two half-done generations and a deep copy do not disturb each other."""
+    vtc.wrap(model, *method)
+    a, b = prompt(model, (1,), seed=1), prompt(model, (2,), seed=2)
+    step = torch.tensor([[7]])
+    with torch.no_grad():
+        caches = [model(**inputs).past_key_values for inputs in (a, b)]
+        twin = copy.deepcopy(caches[0])
+        mixed = [model(input_ids=step, past_key_values=cache).logits for cache in (*caches, twin)]
+        alone = [model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits for inputs in (a, b, a)]
+    for got, expected in zip(mixed, alone, strict=True):
+        assert torch.equal(got, expected)
+
+
+# -- what comes back ----------------------------------------------------------------------------------------------
+
+
+def test_outputs_have_their_usual_shapes_and_the_loss_is_the_masked_one(model, method, inputs):
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100  # the answer, as in instruction tuning
+    labels[inputs["attention_mask"] == 0] = -100
+    with torch.no_grad():
+        plain = model(**inputs, labels=labels, output_hidden_states=True)
+        out = vtc.wrap(model, *method)(**inputs, labels=labels, output_hidden_states=True)
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    assert out.logits.shape == plain.logits.shape
+    assert [h.shape for h in out.hidden_states] == [h.shape for h in plain.hidden_states]
+    if inputs["attention_mask"][:, 0].all():
+        with oracle.masked_layers(model, oracle.visible_keys(model, trace, inputs)), torch.no_grad():
+            expected = model(**inputs, labels=labels, use_cache=False, output_hidden_states=True)
+        torch.testing.assert_close(out.loss, expected.loss, atol=1e-4, rtol=1e-4)
+        for layer, (states, masked) in enumerate(zip(out.hidden_states, expected.hidden_states, strict=True)):
+            stays = oracle.visible_keys(model, trace, inputs)[max(layer - 1, 0)]
+            torch.testing.assert_close(states[stays], masked[stays], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_flow(model, method):
+    inputs = prompt(model)
+    vtc.wrap(model, *method)
+    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 99, -100)).loss.backward()
+    grad = model.base_model.multi_modal_projector.linear_1.weight.grad
+    assert grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_the_trace_is_true(model, method, inputs):
+    """Counted from what the layers were really given, not from what the method says."""
+    lengths = {}
+    layers = model.base_model.language_model.layers
+    vtc.wrap(model, *method)
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, n=n: lengths.__setitem__(n, args[0].shape[1]))
+        for n, layer in enumerate(layers)
+    ]
+    out = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    trace, ids = model.vtc.trace, inputs["input_ids"]
+    text = (inputs["attention_mask"].bool() & (ids != 99)).sum(1)
+    for layer in range(len(layers)):
+        alive = trace.alive(layer)
+        assert len(alive) == len(ids)
+        assert all(torch.equal(kept, kept.sort().values) and kept.dtype == torch.long for kept in alive)
+        assert [len(kept) for kept in alive] == trace.tokens_per_layer[:, layer].tolist()
+        if layer and not torch.equal(trace.tokens_per_layer[:, layer], trace.tokens_per_layer[:, 0]):
+            assert lengths[layer] == (text + trace.tokens_per_layer[:, layer]).max()
+            assert out.past_key_values.layers[layer].keys.shape[2] == lengths[layer]
+    assert torch.allclose(trace.average_tokens, trace.tokens_per_layer.float().mean(1))
+    for row, scores in enumerate(trace.scores()):
+        assert len(scores) == (ids[row] == 99).sum()
+    assert set(trace.seconds) == {"vision", "score", "prefill"}
+
+
+def test_a_prompt_without_an_image_is_left_alone(model, method):
+    inputs = prompt(model, (0,))
+    expected = model.generate(**inputs, **GREEDY)
+    vtc.wrap(model, *method)
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    trace = model.vtc.trace
+    assert [index.tolist() for index in (*trace.alive(5), *trace.kept())] == [[], []]
+    assert trace.average_tokens.tolist() == [0.0]
+
+
+def test_inputs_embeds(model, method):
+    inputs = prompt(model)
+    vtc.wrap(model, *method)
+    expected = logits(model, inputs)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(logits(model, {**inputs, "inputs_embeds": embeds}), expected)
+
+
+# -- budgets and errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 3, 9, 20, 35, 0.1, 0.25, 0.5, 0.9])
+def test_a_budget_is_the_layer_average(model, budget):
+    for name in vtc.methods():
+        tokens = model.config.image_seq_length
+        target = budget if isinstance(budget, int) else budget * tokens
+        if name == "fastv" and target < 7:  # its floor here: 36 tokens in the first of 6 layers, then one
+            with pytest.raises(vtc.BudgetError) as error:
+                vtc.wrap(model, name, budget)
+            assert error.value.floor * tokens == pytest.approx(41 / 6)
+            continue
+        vtc.wrap(model, name, budget)
+        model(**prompt(model, (1, 2), pad="left"))
+        average = model.vtc.trace.average_tokens / torch.tensor([1.0, 2.0])
+        assert (average - target).abs().max() <= 0.5
+
+
+def test_budget_zero_is_blind(model):
+    inputs = prompt(model)
+    vtc.wrap(model, "random", 0)
+    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert model.vtc.trace.average_tokens.tolist() == [0.0]
+    other = {**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])}
+    assert torch.equal(model.generate(**other, **GREEDY), out.sequences)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "error", "message"),
+    [
+        ("no-such", None, ValueError, "fastv, random, uniform, vtc-cls"),
+        ("random", None, ValueError, "pass budget="),
+        ("random", 1.5, ValueError, r"\(0, 1\]"),
+        ("random", -1, ValueError, "negative"),
+        ("random", "half", TypeError, "number of tokens"),
+        ("fastv", 0.01, vtc.BudgetError, "0.190 to 1.0"),
+        (FastV(layer=6), 0.5, ValueError, "1 to 5"),
+    ],
+)
+def test_errors_are_early_and_change_nothing(model, method, budget, error, message):
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        vtc.wrap(model, method, budget)
+    assert fingerprint(model) == before
+
+
+def test_an_unknown_model_is_told_where_to_add_one():
+    with pytest.raises(TypeError, match=r"llava.*integrations/llava\.py"):
+        vtc.wrap(torch.nn.Linear(2, 2), "random", 0.5)
+
+
+def test_wrapping_twice_replaces(model):
+    inputs = prompt(model)
+    vtc.wrap(model, "random", 0.5)
+    once = len(fingerprint(model)), logits(model, inputs)
+    vtc.wrap(model, "fastv", 0.3)
+    vtc.wrap(model, "random", 0.5)
+    assert (len(fingerprint(model)), model.vtc.trace.batch) == (once[0], 0)
+    assert torch.equal(logits(model, inputs), once[1])
+
+
+def test_compressed_yields_a_trace_and_puts_an_outer_wrapping_back(model):
+    inputs = prompt(model)
+    outer = logits(vtc.wrap(model, "random", 0.5), inputs)
+    with vtc.compressed(model, "uniform", 4) as trace:
+        model.generate(**inputs, **GREEDY)
+    assert trace.average_tokens.tolist() == [4.0]
+    assert torch.equal(logits(model, inputs), outer)
+
+
+def test_a_cropped_cache_is_refused(model):
+    inputs = prompt(model)
+    vtc.wrap(model, "random", 4)
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        cache.crop(-1)
+        with pytest.raises(RuntimeError, match="cropped"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)

@@ -1,0 +1,147 @@
+"""The `vtc` command. Torch and transformers are imported inside the commands, so that `vtc --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make a vision-language model read fewer visual tokens, and measure what that costs.\n\n"
+    "Start with [bold]vtc eval --limit 200 --out out/first[/]: accuracy against token budget of the shipped reference "
+    "model, nothing to download. Then [bold]vtc ask photo.jpg 'What is in the middle?' --compare[/].",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc ships.")
+app.add_typer(train_app, name="train")
+
+MODEL_HELP = "'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."
+
+
+def parse_budget(text: str) -> int | float:
+    """"64" is tokens per image (int); "0.25" and "25%" are a fraction of the image's tokens (float in (0, 1])."""
+    text = text.strip()
+    try:
+        if text.isdecimal():
+            return int(text)
+        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no budget: use tokens (64), a fraction (0.25) or a percentage (25%)") from None
+    if not 0 < fraction <= 1:
+        raise typer.BadParameter(f"{text!r}: a fraction lies above 0 and up to 1; no visual token at all is 0, a count")
+    return fraction
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    return tuple(parse_budget(part) for part in _split(text))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise typer.BadParameter("the list is empty")
+    return parts
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
+) -> None:
+    """Read by `main` from the command line itself: an error may come before this is called."""
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; `vtc methods` lists them, and smaller-image is one more baseline.")
+    ] = "vtc-cls,fastv,random,uniform",
+    budgets: Annotated[
+        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
+    ] = "0.5,0.25,0.11",
+    limit: Annotated[int, typer.Option(min=1, help="Test questions.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
+    suffix: Annotated[
+        str, typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
+    by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task.")] = False,
+) -> None:
+    """Measure accuracy against token budget on the scenes benchmark.
+
+    Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
+    config.json and curve.png to --out. Killed and run again, it goes on where it was.
+
+    Examples:
+
+      vtc eval --limit 200 --out out/first
+
+      vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
+
+      vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
+    """
+    from importlib.util import find_spec
+
+    chosen, spend = _split(methods), parse_budgets(budgets)
+    _needs_extra(find_spec("matplotlib"), "matplotlib")
+    _needs_extra(find_spec("sklearn"), "scikit-learn")
+    _quiet()
+    from vtc.eval import report, run
+
+    console = Console()
+    settings = run.Settings(
+        model, chosen, spend, limit, seed, batch_size, max_new_tokens, suffix.encode().decode("unicode_escape"), device
+    )
+    rows = run.evaluate(settings, out, restart=restart, console=console)
+    console.print(report.table(rows))
+    if by_task:
+        console.print(report.task_table(rows))
+    console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="Any image file, up to 20 MB and 50 megapixels.")],
+    question: Annotated[str, typer.Argument(help="In the model's language; quote it.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "0.25",
+    compare: Annotated[bool, typer.Option("--compare", help="Also ask the full model.")] = False,
+    save_overlay: Annotated[Path | None, typer.Option(help="Write the image with dropped patches dark.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Ask a model about an image with fewer visual tokens.
+
+    Examples:
+
+      vtc ask scene.png 'What color is the square?'
+
+      vtc ask photo.jpg 'What is this?' --budget 64 --compare --save-overlay kept.png
+    """
+    spend = parse_budget(budget)
+    _quiet()
+    from vtc.eval.ask import ask as run_ask
+    from vtc.eval.images import open_image
+
+    answers = run_ask(
+        open_image(image), question, model, method, spend, compare, save_overlay, max_new_tokens, device
+    )
+    console = Console()
+    if compare:
+        console.print(answers.table())
+    else:
+        console.print(answers.line(), highlight=False)
+    if save_overlay:
+        console.print(f"overlay: {escape(str(save_overlay))}")
