@@ -1,0 +1,72 @@
+"""The arithmetic of cost, against published and derived figures for LLaVA-1.5-7B, and the benchmark's bookkeeping."""
+
+import pytest
+import torch
+from models import llava
+from transformers import LlamaConfig
+
+import vtc
+from vtc import cost
+from vtc.eval import bench
+from vtc.methods.fastv import FastV
+
+VICUNA = LlamaConfig()  # 7B: 4096 wide, 11008 inner, 32 layers, 32 heads
+
+
+@pytest.mark.parametrize(
+    ("visual", "text", "tera_macs"),
+    [
+        ([576] * 32, 0, 3.817),
+        ([576] * 2 + [288] * 30, 0, 2.007),  # FastV K=2 R=50 %
+        ([576] * 2 + [144] * 30, 0, 1.118),
+        ([576] * 8 + [288] * 8 + [144] * 8 + [72] * 8, 0, 1.777),  # PyramidDrop
+        ([64] * 32, 0, 0.416),
+        ([576] * 32, 64, 4.252),
+        ([192] * 32, 64, 1.675),
+    ],
+)
+def test_prefill_flops(visual, text, tera_macs):
+    assert cost.prefill_flops(visual, text, VICUNA) / 2e12 == pytest.approx(tera_macs, abs=1e-3)
+
+
+def test_grouped_queries_need_smaller_projections():
+    grouped = LlamaConfig(num_key_value_heads=8)
+    saved = 2 * 2 * 100 * 4096**2 * (1 - 8 / 32)
+    assert cost.layer_flops(100, VICUNA) - cost.layer_flops(100, grouped) == pytest.approx(saved)
+
+
+def test_kv_bytes_of_an_image():
+    """LLaVA-1.5-7B in 16 bits: 288 MiB for 576 tokens."""
+    assert cost.kv_bytes([576] * 32, 0, VICUNA, element=2) == 288 * 2**20
+
+
+def test_the_limit_is_linear_in_tokens_at_most():
+    limit = cost.speed_up_limit([64] * 32, 576, 60, VICUNA)
+    linear = (576 + 60) / (64 + 60)
+    assert linear < limit < 1.03 * linear  # attention itself is a small, quadratic part
+    assert cost.speed_up_limit([64] * 32, 576, 60, VICUNA, fixed=1e15) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("method", "budget"), [("vtc-cls", 4), (FastV(layer=2), 0.5)])
+def test_bench_measures_what_it_says(method, budget):
+    model = llava()
+    case = bench.Case(batch=2, text_tokens=12, new_tokens=3, rounds=1)
+    result = bench.bench(model, method, budget, case)
+    with vtc.compressed(model, method, budget) as trace:
+        model(**bench._inputs(model, case))
+    visual = trace.tokens_per_layer[0].tolist()
+    config = model.config.text_config
+    for kind, counts in (("full", [36] * 6), ("pruned", visual), ("limit", visual)):
+        assert result[kind]["kv_bytes"] == pytest.approx(2 * cost.kv_bytes(counts, 12, config, element=4))
+        assert all(value > 0 for value in result[kind].values())
+    assert result["tokens"] == {"full": 36, "average": sum(visual) / 6, "last": visual[-1], "text": 12}
+    assert "vtc" not in vars(model)
+
+
+def test_bench_shapes_are_true_and_an_unknown_one_is_named():
+    seven = bench.SHAPES["llava-1.5-7b"]()
+    with torch.device("meta"):
+        count = sum(p.numel() for p in bench.AutoModelForImageTextToText.from_config(seven).parameters())
+    assert count == pytest.approx(7.06e9, rel=0.01)
+    with pytest.raises(ValueError, match=r"llava-1\.5-7b"):
+        bench.load("llava-9", torch.float32, "cpu")
