@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Make a vision-language model read fewer visual tokens, and measure what that costs.\n\n"
     "Start with [bold]vtc eval --limit 200 --out out/first[/]: accuracy against token budget of the shipped reference "
     "model, nothing to download. Then [bold]vtc ask photo.jpg 'What is in the middle?' --compare[/].",
+    epilog="VTC_DEBUG=1 in the environment shows the stack trace of an error.",
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc ships.")
 app.add_typer(train_app, name="train")
@@ -26,14 +28,16 @@ MODEL_HELP = "'reference' (shipped), a model folder, or a Hugging Face id such a
 
 
 def parse_budget(text: str) -> int | float:
-    """"64" is tokens per image (int); "0.25" and "25%" are a fraction of the image's tokens (float in (0, 1])."""
+    """ "64" is tokens per image (int); "0.25" and "25%" are a fraction of the image's tokens (float in (0, 1])."""
     text = text.strip()
     try:
         if text.isdecimal():
             return int(text)
         fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no budget: use tokens (64), a fraction (0.25) or a percentage (25%)") from None
+        raise typer.BadParameter(
+            f"{text!r} is no budget: use tokens (64), a fraction (0.25) or a percentage (25%)"
+        ) from None
     if not 0 < fraction <= 1:
         raise typer.BadParameter(f"{text!r}: a fraction lies above 0 and up to 1; no visual token at all is 0, a count")
     return fraction
@@ -50,21 +54,16 @@ def _split(text: str) -> tuple[str, ...]:
     return parts
 
 
-@app.callback()
-def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
-) -> None:
-    """Read by `main` from the command line itself: an error may come before this is called."""
-
-
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; `vtc methods` lists them, and smaller-image is one more baseline.")
+        str,
+        typer.Option(help="Comma-separated; `vtc methods` lists them, and smaller-image is one more baseline."),
     ] = "vtc-cls,fastv,random,uniform",
     budgets: Annotated[
-        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
+        str,
+        typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
     ] = "0.5,0.25,0.11",
     limit: Annotated[int, typer.Option(min=1, help="Test questions.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
@@ -72,7 +71,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
     suffix: Annotated[
-        str, typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise.")
+        str,
+        typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise."),
     ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
@@ -91,18 +91,13 @@ def evaluate(
 
       vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
     """
-    from importlib.util import find_spec
-
     chosen, spend = _split(methods), parse_budgets(budgets)
-    _needs_extra(find_spec("matplotlib"), "matplotlib")
-    _needs_extra(find_spec("sklearn"), "scikit-learn")
+    _need("matplotlib", "sklearn", extra="eval")
     _quiet()
     from vtc.eval import report, run
 
     console = Console()
-    settings = run.Settings(
-        model, chosen, spend, limit, seed, batch_size, max_new_tokens, suffix.encode().decode("unicode_escape"), device
-    )
+    settings = run.Settings(model, chosen, spend, limit, seed, batch_size, max_new_tokens, suffix, device)
     rows = run.evaluate(settings, out, restart=restart, console=console)
     console.print(report.table(rows))
     if by_task:
@@ -132,16 +127,109 @@ def ask(
     """
     spend = parse_budget(budget)
     _quiet()
-    from vtc.eval.ask import ask as run_ask
+    from vtc.eval import ask as asking
     from vtc.eval.images import open_image
+    from vtc.eval.reader import load, model_path, pick_device
 
-    answers = run_ask(
-        open_image(image), question, model, method, spend, compare, save_overlay, max_new_tokens, device
-    )
-    console = Console()
+    picture = open_image(image)
+    reader = load(model_path(model), pick_device(device), max_new_tokens)
+    answers = {f"{method}, {budget}": asking.ask(reader, picture, question, method, spend)}
     if compare:
-        console.print(answers.table())
-    else:
-        console.print(answers.line(), highlight=False)
+        answers["full model"] = asking.ask(reader, picture, question, None, 1.0)
     if save_overlay:
-        console.print(f"overlay: {escape(str(save_overlay))}")
+        asking.save_overlay(reader, picture, next(iter(answers.values())), save_overlay)
+    _print_answers(answers)
+
+
+def _print_answers(answers: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = Console()
+    if len(answers) == 1:
+        (answer,) = answers.values()
+        console.print(answer.text, markup=False, highlight=False)
+        console.print(f"{_tokens(answer)} visual tokens, {answer.seconds:.3f} s", style="dim", highlight=False)
+        return
+    table = Table("", "answer", "visual tokens", "seconds")
+    for name, answer in answers.items():
+        table.add_row(name, escape(answer.text), _tokens(answer), f"{answer.seconds:.3f}")
+    console.print(table)
+
+
+def _tokens(answer: Any) -> str:
+    text = f"{answer.tokens:g} of {answer.total}"
+    return text if answer.tokens == len(answer.kept) else f"{text} (layer average; {len(answer.kept)} in the last)"
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with one line and the paper each."""
+    _quiet()
+    from rich.table import Table
+
+    import vtc
+
+    table = Table("method", "what it does", "paper")
+    for name, method in vtc.methods().items():
+        table.add_row(name, escape((method.__doc__ or "").strip().splitlines()[0]), escape(method.paper))
+    Console().print(table)
+
+
+@app.command()
+def env() -> None:
+    """Print versions for a bug report."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    _quiet()
+    import torch
+
+    lines = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+    for package in (
+        "vtc",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "pillow",
+        "matplotlib",
+        "scikit-learn",
+    ):
+        try:
+            lines[package] = version(package)
+        except PackageNotFoundError:
+            lines[package] = "not installed"
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for name, value in (lines | {"torch threads": torch.get_num_threads(), "cuda device": cuda}).items():
+        typer.echo(f"{name}: {value}")
+
+
+def _need(*modules: str, extra: str) -> None:
+    """Refuse before any work is done when an optional dependency is missing."""
+    from importlib.util import find_spec
+
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: pip install 'vtc[{extra}]'")
+
+
+def _quiet() -> None:
+    """Keep transformers' notes and its own progress bars out of the command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """The entry point: an error of the user's is one line on stderr and exit code 1 (2 for unusable arguments)."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("VTC_DEBUG"):
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+# make curve   accuracy against visual-token budget of the shipped model: table, out/curve/curve.png
+# make test    lint, format and tests
+# make clean   remove the environment, caches and results
+#
+# Both build .venv when it is missing or older than pyproject.toml or constraints.txt, and reuse it otherwise.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+CURVE_FLAGS ?=
+
+.PHONY: curve test clean
+
+curve: $(READY)
+	$(PY) -m vtc.cli eval --model reference --methods vtc-cls,fastv,random,uniform,smaller-image \
+		--budgets 0.5,0.25,0.11 --limit 1000 --out out/curve $(CURVE_FLAGS)
+
+test: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+# torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
+# Where the system's Python comes without ensurepip (Debian without python3-venv), its own pip fills the environment.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vtc needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=/path/to/a/newer/python3")'
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(PY) install pip; }
+	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,207 @@
+"""From result lines to figures: scoring, intervals, the summary, the table on the terminal and the picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RESAMPLES = 2000
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = "osD^vPX"
+ALWAYS = ("full", "blind")
+
+
+def normalise(answer: str) -> str:
+    """Lower case, no surrounding space, no final period."""
+    return answer.strip().lower().removesuffix(".").strip()
+
+
+def is_correct(prediction: str, answer: str) -> bool:
+    """Exact match after `normalise`."""
+    return normalise(prediction) == normalise(answer)
+
+
+def bootstrap(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means over resampled questions: `values` (questions, columns) -> (resamples, columns).
+
+    Each resample draws the same questions for every column, so differences of columns are paired.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(values)
+    draws = np.empty((resamples, values.shape[1]))
+    for i in range(resamples):
+        draws[i] = np.bincount(rng.integers(0, n, n), minlength=n) @ values / n
+    return draws
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The central 95 % of bootstrap means."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]]]], seed: int) -> list[dict[str, Any]]:
+    """Summary rows of (method, budget, reachable, lines) groups; all lines are over the same questions in one order."""
+    correct = np.array([[line["correct"] for line in lines] for *_, lines in groups], dtype=float).T
+    draws = bootstrap(correct, seed)
+    # an int budget of 1 is one token and a float budget of 1.0 is all of them, yet 1 == 1.0: key by the written form
+    random = {repr(budget): i for i, (method, budget, ok, _) in enumerate(groups) if method == "random" and ok}
+    rows = []
+    for i, (method, budget, reachable, lines) in enumerate(groups):
+        low, high = interval(draws[:, i])
+        row = {
+            "method": method,
+            "budget": budget,
+            "tokens": float(np.mean([line["tokens"] for line in lines])),
+            "accuracy": float(correct[:, i].mean()),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "agreement": float(np.mean([line["agrees"] for line in lines])),
+            "n": len(lines),
+            "reachable": reachable,
+            "versus_random": None,
+            "versus_random_low": None,
+            "versus_random_high": None,
+            "by_task": _by_task(lines),
+        }
+        j = random.get(repr(budget))
+        if j is not None and j != i and reachable and method not in ALWAYS:
+            row["versus_random"] = float((correct[:, i] - correct[:, j]).mean())
+            row["versus_random_low"], row["versus_random_high"] = interval(draws[:, i] - draws[:, j])
+        rows.append(row)
+    return rows
+
+
+def _by_task(lines: list[dict[str, Any]]) -> dict[str, float]:
+    tasks: dict[str, list[bool]] = {}
+    for line in lines:
+        tasks.setdefault(line["task"], []).append(line["correct"])
+    return {task: float(np.mean(marks)) for task, marks in sorted(tasks.items())}
+
+
+def written(budget: int | float) -> str:
+    """A budget as the command line takes it: a count for an int, a percentage for a fraction."""
+    return str(budget) if isinstance(budget, int) else f"{100 * budget:g}%"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Accuracy, agreement and the gain over random in percent, a line a row; narrow enough for 80 columns."""
+    from rich.table import Table
+
+    grid = Table(title=f"percent of {rows[0]['n']} questions, with half the width of the 95 % interval")
+    for name in ("method", "budget", "tokens", "accuracy", "as full", "above random"):
+        grid.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        grid.add_row(
+            row["method"],
+            written(row["budget"]) + ("" if row["reachable"] else " *"),
+            f"{row['tokens']:.1f}",
+            _spread(row, "accuracy", ".1f"),
+            f"{100 * row['agreement']:.1f}",
+            _spread(row, "versus_random", "+.1f"),
+            end_section=following is not None and following["method"] not in (row["method"], "blind"),
+        )
+    if not all(row["reachable"] for row in rows):
+        grid.caption = "* below the method's floor on this model: run at the floor, see tokens"
+    return grid
+
+
+def _spread(row: dict[str, Any], name: str, form: str) -> str:
+    if row[name] is None:
+        return ""
+    return f"{100 * row[name]:{form}} ± {50 * (row[name + '_high'] - row[name + '_low']):.1f}"
+
+
+def task_table(rows: list[dict[str, Any]]) -> Table:
+    """Accuracy by task, a line a row."""
+    from rich.table import Table
+
+    tasks = list(rows[0]["by_task"])
+    grid = Table(title="accuracy by task, in percent")
+    for name in ("method", "budget", *tasks):
+        grid.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        budget = written(row["budget"]) + ("" if row["reachable"] else " *")
+        grid.add_row(row["method"], budget, *(f"{100 * row['by_task'][task]:.1f}" for task in tasks))
+    return grid
+
+
+def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw accuracy against measured visual tokens, with 95 % bands and the lines of the full and the blind model."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    except ImportError:
+        raise ModuleNotFoundError("the curve needs matplotlib: pip install 'vtc[eval]'", name="matplotlib") from None
+
+    figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    named = {row["method"]: row for row in rows if row["method"] in ALWAYS}
+    order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
+    for method, points in _curves(rows).items():
+        i = order.index(method)  # a method's colour does not depend on how it did
+        _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+    for name, row in named.items():
+        above = name == "full"
+        axes.axhspan(row["accuracy_low"], row["accuracy_high"], color="0.5", alpha=0.12, linewidth=0)
+        axes.axhline(row["accuracy"], color="0.3", linestyle="--" if above else ":", linewidth=1.2, zorder=1)
+        label = f"full model, {row['tokens']:.0f} tokens: {row['accuracy']:.2f}"
+        axes.annotate(
+            label if above else f"blind, no visual token: {row['accuracy']:.2f}",
+            (0.01, row["accuracy"]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", color="0.3", fontsize=9,
+        )  # fmt: skip
+    _dress(axes, rows, title, hollow=not all(row["reachable"] for row in rows))
+    figure.savefig(path)
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Points by method, fewest tokens first; methods in the order of their accuracy at the fewest tokens."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        if row["method"] not in ALWAYS and row["tokens"] > 0:
+            curves.setdefault(row["method"], []).append(row)
+    return dict(sorted(curves.items(), key=lambda curve: -curve[1][0]["accuracy"]))
+
+
+def _draw_curve(axes: Any, method: str, points: list[dict[str, Any]], full: dict, colour: str, marker: str) -> None:
+    # every method at a budget of 1 is the full model: the curve ends there
+    ends = points if points[-1]["tokens"] >= full["tokens"] else [*points, full]
+    x = [row["tokens"] for row in ends]
+    axes.plot(x, [row["accuracy"] for row in ends], color=colour, linewidth=1.8, zorder=3)
+    low, high = ([row[f"accuracy_{end}"] for row in ends] for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
+    for row in points:
+        axes.plot(
+            row["tokens"], row["accuracy"], marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
+            markerfacecolor=colour if row["reachable"] else "white",
+        )  # fmt: skip
+    axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=method)
+
+
+def _dress(axes: Any, rows: list[dict[str, Any]], title: str, hollow: bool) -> None:
+    from matplotlib.ticker import NullLocator
+
+    if hollow:
+        axes.plot([], [], "o", color="0.3", markerfacecolor="white", label="below its floor:\nrun at the floor")
+    axes.set_xscale("log", base=2)
+    ticks: list[int] = []
+    counts = Counter(round(row["tokens"]) for row in rows if row["tokens"] >= 0.5)
+    for tokens, _ in counts.most_common():
+        if all(max(tokens, tick) > 1.15 * min(tokens, tick) for tick in ticks):  # closer labels would overlap
+            ticks.append(tokens)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("visual tokens per image, averaged over the decoder layers (measured, log scale)")
+    axes.set_ylabel("accuracy")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
