@@ -6,6 +6,7 @@ from models import llava
 
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vtc_cls import VtcCls
 
@@ -20,6 +21,8 @@ METHODS = {  # from easy to hard settings
     "fastv-native": (FastV(), None),
     "fastv-early": (FastV(layer=1), 0.3),
     "fastv-late": (FastV(layer=4, ratio=0.9), None),
+    "transprune-high": (TransPrune(), None),
+    "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
 }
 
 BATCHES = {  # images of each row, padding side

@@ -1,5 +1,8 @@
 """Each method's keep list against a slow reference written from the formula: full attention, loops."""
 
+import math
+
+import oracle
 import pytest
 import torch
 from models import IMAGE, llava, prompt
@@ -8,9 +11,10 @@ from oracle import attentions, top
 import vtc
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vtc_cls import VtcCls
-from vtc.observe import attention_row
+from vtc.observe import attention_rows
 from vtc.select import evenly_spaced
 from vtc.stage import Shape
 
@@ -76,6 +80,77 @@ def test_fastv_in_a_second_turn_looks_at_the_cached_keys(models):
     torch.testing.assert_close(trace.scores()[0], row, atol=1e-5, rtol=1e-4)
 
 
+def recorded(model, inputs):
+    """Normed input and output of both modules of every decoder layer: {(layer, "self_attn" | "mlp"): (in, out)}."""
+    seen, handles = {}, []
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    for number, layer in enumerate(model.base_model.language_model.layers):
+        for module, norm in norms.items():
+
+            def keep(m, args, output, key=(number, module)):
+                seen.setdefault(key, []).append(output[0] if isinstance(output, tuple) else output)
+
+            handles += [getattr(layer, name).register_forward_hook(keep) for name in (norm, module)]
+    _, decoder = attentions(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return seen, decoder
+
+
+def transitions(seen, layer, row, places):
+    """TTV of one layer for the tokens at `places`, from the formula."""
+    total = [0.0] * len(places)
+    for module in ("self_attn", "mlp"):
+        before, after = (states[row] for states in seen[layer, module])
+        ratios, angles = [], []
+        for place in places:
+            x, y = before[place].tolist(), after[place].tolist()
+            norm_x, norm_y = math.sqrt(sum(v * v for v in x)), math.sqrt(sum(v * v for v in y))
+            ratios.append(norm_y / norm_x)
+            angles.append(1 - sum(a * b for a, b in zip(x, y, strict=True)) / norm_x / norm_y)
+        partition = sum(math.exp(angle) for angle in angles)
+        total = [t + math.exp(a) / partition * r for t, a, r in zip(total, angles, ratios, strict=True)]
+    return total
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_transprune(models, seed, alpha):
+    """Stage by stage: what the next stage sees is the full model with the dropped keys masked."""
+    inputs, layers, ratios = prompt(models[0], (1, 0, 2), pad="left", seed=seed), (2, 3, 5), (0.75, 0.5, 0.25)
+    method = TransPrune(keep_ratios=ratios, alpha=alpha, layers=layers)
+    with vtc.compressed(models[0], method) as trace:
+        models[0](**inputs)
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    places = {row: (ids[row] == IMAGE).nonzero()[:, 0].tolist() for row in range(3)}
+    images = [(0, places[0]), (2, places[2][:36]), (2, places[2][36:])]
+    left = [list(range(36)) for _ in images]
+    total = [[0.0] * 36 for _ in images]
+    for stage, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
+        keys = real & (ids != IMAGE)
+        for (row, where), alive in zip(images, left, strict=True):
+            keys[row, [where[index] for index in alive]] = True
+        past = [oracle.visible_keys(models[1], trace, inputs)[before] for before in range(layer)]
+        with oracle.masked_layers(models[1], [*past, *[keys] * (6 - layer)]):
+            seen, decoder = recorded(models[1], inputs)
+        for image, (row, where) in enumerate(images):
+            alive = [where[index] for index in left[image]]
+            for before in range(max(layers[stage - 1] if stage else 1, 1), layer):
+                for index, value in zip(left[image], transitions(seen, before, row, alive), strict=True):
+                    total[image][index] += value
+            text = [p for p in range(where[-1] + 1, ids.shape[1]) if real[row, p] and ids[row, p] != IMAGE]
+            matrix = decoder[layer][row].mean(0)
+            guided = [sum(matrix[query, place].item() for query in text) / len(text) for place in alive]
+            transition = [total[image][index] for index in left[image]]
+            score = [
+                alpha * t / sum(transition) + (1 - alpha) * g / sum(guided)
+                for t, g in zip(transition, guided, strict=True)
+            ]
+            left[image] = [left[image][index] for index in top(score, round(36 * ratio))]
+        expected = [left[0], [], left[1] + [36 + index for index in left[2]]]
+        assert [kept.tolist() for kept in trace.kept(stage)] == expected
+
+
 def test_random_depends_on_the_seed_alone(models):
     inputs = prompt(models[0], (1, 1), pad="left")
     kept = {}
@@ -112,14 +187,15 @@ def test_uniform_keeps_that_grid(models):
     assert trace.kept()[0].tolist() == cells + [cell + 36 for cell in cells]
 
 
-def test_attention_row_is_the_row_of_the_matrix():
+def test_attention_rows_are_rows_of_the_matrix():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 9, 8, generator=generator), torch.randn(2, 2, 9, 8, generator=generator)
-    visible = torch.rand(2, 9, generator=generator) > 0.3
+    visible = torch.rand(2, 9, 9, generator=generator) > 0.3
     logits = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
-    full = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-    for place in range(9):
-        torch.testing.assert_close(attention_row(query[:, :, place], key, 0.3, visible), full[:, :, place])
+    full = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    for places in ([0], [3, 8], [1, 2, 5]):
+        rows = attention_rows(query[:, :, places], key, 0.3, visible[:, places])
+        torch.testing.assert_close(rows, full[:, :, places])
 
 
 def test_paper_layers_scale_with_the_depth():

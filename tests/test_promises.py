@@ -323,8 +323,9 @@ def test_the_trace_is_true(model, method, inputs):
             assert lengths[layer] == (text + trace.tokens_per_layer[:, layer]).max()
             assert out.past_key_values.layers[layer].keys.shape[2] == lengths[layer]
     assert torch.allclose(trace.average_tokens, trace.tokens_per_layer.float().mean(1))
-    for row, scores in enumerate(trace.scores()):
-        assert len(scores) == (ids[row] == 99).sum()
+    for stage in range(len(trace.stages)):
+        entered = trace.kept(stage - 1) if stage else [torch.arange((row == 99).sum()) for row in ids]
+        assert [len(scores) for scores in trace.scores(stage)] == [len(index) for index in entered]
     assert set(trace.seconds) == {"vision", "score", "prefill"}
 
 
@@ -354,10 +355,11 @@ def test_a_budget_is_the_layer_average(model, budget):
     for name in vtc.methods():
         tokens = model.config.image_seq_length
         target = budget if isinstance(budget, int) else budget * tokens
-        if name == "fastv" and target < 7:  # its floor here: 36 tokens in the first of 6 layers, then one
+        late = {"fastv": 41 / 6, "transprune": 41 / 6}  # all 36 tokens in the first of 6 layers, then one
+        if target < late.get(name, 0) - 0.5:
             with pytest.raises(vtc.BudgetError) as error:
                 vtc.wrap(model, name, budget)
-            assert error.value.floor * tokens == pytest.approx(41 / 6)
+            assert error.value.floor * tokens == pytest.approx(late[name])
             continue
         vtc.wrap(model, name, budget)
         model(**prompt(model, (1, 2), pad="left"))
@@ -377,7 +379,7 @@ def test_budget_zero_is_blind(model):
 @pytest.mark.parametrize(
     ("method", "budget", "error", "message"),
     [
-        ("no-such", None, ValueError, "fastv, random, uniform, vtc-cls"),
+        ("no-such", None, ValueError, "fastv, random, .*vtc-cls"),
         ("random", None, ValueError, "pass budget="),
         ("random", 1.5, ValueError, r"\(0, 1\]"),
         ("random", -1, ValueError, "negative"),

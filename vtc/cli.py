@@ -132,6 +132,8 @@ def ask(
     from vtc.eval.reader import load, model_path, pick_device
 
     picture = open_image(image)
+    if save_overlay:
+        asking.check_overlay_path(save_overlay)
     reader = load(model_path(model), pick_device(device), max_new_tokens)
     answers = {f"{method}, {budget}": asking.ask(reader, picture, question, method, spend)}
     if compare:

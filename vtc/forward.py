@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
 from vtc import compact
-from vtc.observe import ClsRow, Need, Record, Seen, attention_row, split_heads
+from vtc.observe import Need, Record, Seen, attention_rows, split_heads
 from vtc.trace import Clock, StageTrace, Trace
 
 if TYPE_CHECKING:
@@ -98,12 +98,6 @@ class Tokens:
         valid = index < torch.tensor(sizes, device=device)[:, None]
         return cls(position, index, valid, torch.stack([part[0] // length for part in flat]), sizes)
 
-    def keep(self, keep: Tensor, counts: list[int], source: Tensor) -> Tokens:
-        """Only the kept ones, at their new positions in the compacted sequence."""
-        order = (~keep).long().argsort(dim=1, stable=True)[:, : max(counts)]
-        position = source[self.row[:, None], self.position.gather(1, order)]
-        return Tokens(position, self.index.gather(1, order), keep.gather(1, order), self.row, counts)
-
 
 @dataclass
 class Forward:
@@ -115,6 +109,9 @@ class Forward:
     features: list[Tensor] = field(default_factory=list)
     """The projected features of each image, in prompt order: (tokens, hidden)."""
     record: Record = field(default_factory=dict)
+    """What the hooks on the decoder have written."""
+    rows: dict[Need, Tensor] = field(default_factory=dict)
+    """What was seen, over the visual tokens that are left: (images, channels, tokens)."""
     tokens: Tokens | None = None
     keep: list[tuple[int, ...]] = field(default_factory=list)
     """For each image how many tokens stay after each stage."""
@@ -158,6 +155,8 @@ class Forward:
         if self.busy:
             if attention_mask is not None and attention_mask.ndim != 2:
                 raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+            if self.tokens is not None:
+                self._observe_tower()
             kwargs = self._encoder_site(embeds, kwargs)
         self._begin_span(0)
         return kwargs
@@ -215,6 +214,8 @@ class Forward:
         """Before decoder layer `layer` runs: its stage, if it has one, and then the arguments of its span."""
         if not self.replaced:
             self.rotary = kwargs["position_embeddings"]
+        if self.tokens is not None:
+            self._observe_layer(layer, hidden)
         dropped = len(self.sources)
         for number, stage in enumerate(self.compression.stages):
             if stage.layer == layer and layer:
@@ -243,10 +244,10 @@ class Forward:
             return hidden, positions
         stage = self.compression.stages[number]
         with self.state.trace.clock.span("score", hidden.device):
-            seen = Seen({need: self._row(need) for need in stage.needs}, tokens.valid)
-            scores = stage.score(seen)
             grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
-            keep = stage.select(scores, tokens.valid, torch.tensor(counts, device=hidden.device), grids)
+            seen = Seen({need: self.rows[need] for need in stage.needs}, tokens.valid, grids)
+            scores = stage.score(seen)
+            keep = stage.select(scores, seen, torch.tensor(counts, device=hidden.device))
             self._note(number, keep, scores)
             plan = self._compact(keep, counts)
             hidden = compact.gather(hidden, plan.index)
@@ -268,47 +269,86 @@ class Forward:
         spare = torch.cat((real, real[:, :1]), dim=1)  # the last column takes the writes of the tokens that stay
         spare[tokens.row[:, None], torch.where(tokens.valid & ~keep, tokens.position, self.length)] = False
         plan = compact.plan(spare[:, :-1], self.lengths)
-        self.tokens = tokens.keep(keep, counts, plan.source)
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : max(counts)]
+        self.tokens = Tokens(
+            plan.source[tokens.row[:, None], tokens.position.gather(1, order)],
+            tokens.index.gather(1, order),
+            keep.gather(1, order),
+            tokens.row,
+            counts,
+        )
+        self.rows = {
+            need: row.gather(2, order[:, None].expand(-1, row.shape[1], -1)) for need, row in self.rows.items()
+        }
         self.mask, self.length = plan.mask, plan.index.shape[1]
         return plan
 
     def _note(self, number: int, kept: Tensor, scores: Tensor | None) -> None:
         stage, tokens = self.compression.stages[number], self.tokens
+        scores = None if scores is None else scores.detach()
         self.state.trace.stages.append(StageTrace(stage.layer, tokens.index, tokens.valid, kept, scores))
 
-    def _row(self, need: Need) -> Tensor:
-        """The observed attention row over the visual tokens that are left: (images, heads, tokens) float32."""
-        tokens = self.tokens
-        if isinstance(need, ClsRow):
-            if not all(hasattr(feature, "vtc") and need in feature.vtc.rows for feature in self.features):
-                raise RuntimeError(
-                    "these image features were encoded before vtc.wrap, so CLS attention was not observed"
-                )
-            rows = pad_sequence([feature.vtc.rows[need].T for feature in self.features], batch_first=True)
-            return rows.transpose(1, 2).gather(2, tokens.index[:, None].expand(-1, rows.shape[2], -1))
-        row = self._last_token_row(need)[tokens.row]
-        return row.gather(2, tokens.position[:, None].expand(-1, row.shape[1], -1))
+    # -- observation ----------------------------------------------------------------------------------------------
 
-    def _last_token_row(self, need: Need) -> Tensor:
-        """Attention of each row's last real token to the current sequence: (batch, heads, length) float32."""
-        adapter = self.compression.adapter
-        attention = adapter.decoder_attention(adapter.layers[need.layer])
-        query, key = self.record[need, "query"], self.record[need, "key"]
-        last = torch.full((self.batch, 1), self.length - 1, device=key.device)
+    def _observe_tower(self) -> None:
+        """Take over what the tower showed about each image."""
+        for need in self.compression.needs:
+            if need.tower:
+                if not all(hasattr(feature, "vtc") and need in feature.vtc.rows for feature in self.features):
+                    raise RuntimeError("these image features were encoded before vtc.wrap: the tower was not observed")
+                rows = pad_sequence([feature.vtc.rows[need].T for feature in self.features], batch_first=True)
+                self.rows[need] = rows.transpose(1, 2).to(self.device)
+
+    def _observe_layer(self, layer: int, hidden: Tensor) -> None:
+        """Make the rows that are due before decoder layer `layer`, which `hidden` is about to enter."""
+        for need in self.compression.needs:
+            if not need.tower and need.before == layer:
+                self.rows[need] = need.row({**self.record.pop(need, {}), "hidden": hidden}, self)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, tokens)."""
+        x = x[self.tokens.row]
+        return x.gather(2, self.tokens.position[:, None].expand(-1, x.shape[1], -1))
+
+    def last_positions(self) -> Tensor:
+        """Where each row's last real token sits in the current sequence: (batch, 1)."""
+        last = torch.full((self.batch, 1), self.length - 1, device=self.device)
+        return last if self.mask is None else last - self.mask.flip(1).long().argmax(1, keepdim=True)
+
+    def text_after_images(self) -> tuple[Tensor, Tensor]:
+        """The real text that follows a row's first image: positions (batch, queries), and whether each of them comes
+        after an image: (images, queries) float32."""
+        tokens = self.tokens
+        places = torch.arange(self.length, device=self.device)
+        end = tokens.position.masked_fill(~tokens.valid, -1).amax(1)
+        start = torch.full((self.batch,), self.length, device=self.device).scatter_reduce(0, tokens.row, end, "amin")
+        text = places > start[:, None]
+        text[tokens.row[:, None].expand_as(tokens.position)[tokens.valid], tokens.position[tokens.valid]] = False
         if self.mask is not None:
-            last = last - self.mask.flip(1).long().argmax(1, keepdim=True)
-        cos, sin = self.rotary
-        query = adapter.rotate(
-            split_heads(compact.gather(query, last), attention.heads),
-            compact.gather(cos, last),
-            compact.gather(sin, last),
-        )
-        key = adapter.rotate(split_heads(key, attention.key_heads), cos, sin)
-        past = self.state.span(need.layer)
+            text = text & self.mask
+        positions = (~text).long().argsort(dim=1, stable=True)[:, : max(1, int(text.sum(1).max()))]
+        asks = text.gather(1, positions)[tokens.row] & (positions[tokens.row] > end[:, None])
+        return positions, asks.float()
+
+    def rows_of(self, layer: int, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+        """Attention that the tokens at `positions` (batch, queries) pay in decoder layer `layer`.
+
+        `query` (batch, queries, heads * head_dim) and `key` (batch, length, key_heads * head_dim) come before the
+        rotary embedding. The softmax runs over the cached keys too. Returns (batch, heads, queries, length) float32.
+        """
+        adapter, past = self.compression.adapter, self.state.span(layer)
+        attention = adapter.decoder_attention(adapter.layers[layer])
+        cos, sin = (compact.gather(table, positions) for table in self.rotary)
+        query = adapter.rotate(split_heads(query, attention.heads), cos, sin)
+        key = adapter.rotate(split_heads(key, attention.key_heads), *self.rotary)
         if past.length:
-            key = torch.cat((self.cache.layers[need.layer].keys[:, :, : past.length], key), dim=2)
-        row = attention_row(query[:, :, 0], key, attention.scale, self._visible(need.layer))
-        return row[..., past.length :]
+            key = torch.cat((self.cache.layers[layer].keys[:, :, : past.length], key), dim=2)
+        places = torch.arange(-past.length, self.length, device=self.device)
+        visible = places <= positions[..., None]
+        if (real := self._visible(layer)) is not None:
+            # padding sees itself, so that the rows of queries that only fill up are no NaN
+            visible = visible & real[:, None] | (places == positions[..., None])
+        return attention_rows(query, key, attention.scale, visible)[..., past.length :]
 
     # -- spans and exit -------------------------------------------------------------------------------------------
 

@@ -1,46 +1,25 @@
-"""How attention is seen without materialising it, and without changing the attention kernel.
+"""How attention and module outputs are seen without materialising attention, and without changing its kernel.
 
-A score needs rows, not matrices. Forward hooks on the query and key projections of the few layers that a stage asks
-for keep those two outputs; the row is recomputed from them in float32. Nothing else in vtc observes a module.
+A score needs rows, not matrices. A `Need` names what it wants to see of one layer: the modules whose outputs a forward
+hook keeps, and how they become one row over the visual tokens, in float32. Nothing else in vtc observes a module.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vtc import scores
+from vtc.compact import gather
 
-@dataclass(frozen=True)
-class ClsRow:
-    """Post-softmax attention of the tower's CLS query at block `layer`: (images, heads, tokens), CLS column dropped."""
-
-    layer: int
-
-
-@dataclass(frozen=True)
-class LastTokenRow:
-    """Post-softmax attention of the last prompt token at decoder layer `layer`: (images, heads, tokens)."""
-
-    layer: int
-
-
-Need = ClsRow | LastTokenRow
-
-
-@dataclass
-class Seen:
-    """What a score function gets: the rows that its stage asked for, and which entries are tokens at all."""
-
-    rows: dict[Need, Tensor]
-    valid: Tensor
-    """(images, tokens) bool."""
-
-    def __getitem__(self, need: Need) -> Tensor:
-        return self.rows[need]
+if TYPE_CHECKING:
+    from vtc.adapter import Adapter
+    from vtc.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -55,42 +34,164 @@ class Attention:
     scale: float
 
 
-Record = dict[tuple[Need, str], Tensor]
+@dataclass(frozen=True)
+class Need:
+    """Something to be seen of block `layer`, of the vision tower or of the decoder."""
+
+    layer: int
+
+    tower: ClassVar[bool] = False
+
+    @property
+    def before(self) -> int:
+        """The decoder layer before which the row is made; the tokens must not have changed since it was observed."""
+        return self.layer + 1
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        """The modules to hook, by the names under which `record` will hold their outputs.
+
+        Raises ValueError where the model has no such thing.
+        """
+        raise NotImplementedError
+
+    def row(self, record: dict[str, Tensor], context) -> Tensor:
+
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClsRow(Need):
+    """Post-softmax attention of the tower's CLS query: (images, heads, tokens), CLS column dropped."""
+
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        if not adapter.has_cls():
+            raise ValueError("this method scores by CLS attention, and this vision tower has no CLS token")
+        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
+        query = split_heads(record["query"][:, :1], attention.heads)
+        key = split_heads(record["key"], attention.key_heads)
+        return attention_rows(query, key, attention.scale)[:, :, 0, 1:]
+
+
+@dataclass(frozen=True)
+class LastTokenRow(Need):
+    """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
+        last = forward.last_positions()
+        rows = forward.rows_of(self.layer, gather(record["query"], last), record["key"], last)
+        return forward.columns(rows[:, :, 0])
+
+
+@dataclass(frozen=True)
+class TextRow(Need):
+    """Attention that the text after an image will pay it in decoder layer `layer`, which has not run yet.
+
+    (images, 1, tokens): the mean over heads and over the image's later text tokens up to the prompt's end.
+    """
+
+    @property
+    def before(self) -> int:
+        return self.layer
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {}
+
+    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
+        adapter = forward.compression.adapter
+        layer = adapter.layers[self.layer]
+        attention, hidden = adapter.decoder_attention(layer), layer.input_layernorm(record["hidden"])
+        positions, asks = forward.text_after_images()
+        rows = forward.rows_of(self.layer, attention.query(gather(hidden, positions)), attention.key(hidden), positions)
+        weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("iqn,iq->in", forward.columns(rows.mean(1)), weights)[:, None]
+
+
+@dataclass(frozen=True)
+class TokenTransition(Need):
+    """How strongly the two modules of decoder layer `layer` change each token: (images, 1, tokens).
+
+    `scores.token_transition` of the attention and of the feed-forward module, summed; each from its normed input and
+    its output before the residual addition.
+    """
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        layer = adapter.layers[self.layer]
+        return {
+            "attention in": layer.input_layernorm,
+            "attention out": layer.self_attn,
+            "feed-forward in": layer.post_attention_layernorm,
+            "feed-forward out": layer.mlp,
+        }
+
+    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
+        valid = forward.tokens.valid
+        change = 0
+        for module in ("attention", "feed-forward"):
+            ratio, cosine = scores.change(record[f"{module} in"], record[f"{module} out"])
+            ratio, cosine = forward.columns(torch.stack((ratio, cosine), dim=1)).unbind(1)
+            change = change + scores.token_transition(ratio, cosine, valid)
+        return change[:, None]
+
+
+Record = dict[Need, dict[str, Tensor]]
 recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
 """Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
 
 
-def watch(attention: Attention, need: Need) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hook both projections, so that `recording` gets their outputs under `(need, "query")` and `(need, "key")`."""
+def watch(need: Need, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hook the modules of `need`, so that `recording` gets their outputs."""
 
     def keep(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            record = recording.get()
-            if record is not None:
-                record[need, name] = output
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            if (record := recording.get()) is not None:
+                record.setdefault(need, {})[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    return [
-        attention.query.register_forward_hook(keep("query")),
-        attention.key.register_forward_hook(keep("key")),
-    ]
+    return [module.register_forward_hook(keep(name)) for name, module in need.modules(adapter).items()]
 
 
-def attention_row(query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k^T * scale) of one query an item, in float32.
+@dataclass
+class Seen:
+    """What score and select functions get: the rows that the stage asked for, and which entries are tokens at all."""
+
+    rows: dict[Need, Tensor]
+    valid: Tensor
+    """(images, tokens) bool, False where an image has fewer tokens than the widest one."""
+    grids: list[tuple[int, int]]
+    """(height, width) of each image's patch grid, before any token left."""
+
+    def __getitem__(self, need: Need) -> Tensor:
+        """(images, channels, tokens) float32, over the tokens that are left."""
+        return self.rows[need]
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale) of a few queries, in float32.
 
     Args:
-        query: (batch, heads, head_dim), after the rotary embedding.
+        query: (batch, heads, queries, head_dim), after the rotary embedding.
         key: (batch, key_heads, length, head_dim), after the rotary embedding; heads are grouped over key heads.
         scale: factor on the logits, usually head_dim ** -0.5.
-        visible: (batch, length) bool, False where the query must not look.
+        visible: (batch, queries or 1, length) bool, False where a query must not look.
 
     Returns:
-        (batch, heads, length) float32.
+        (batch, heads, queries, length) float32.
     """
-    query = rearrange(query.float(), "b (g r) d -> b g r d", g=key.shape[1])
-    logits = rearrange(query @ key.float().transpose(-1, -2), "b g r n -> b (g r) n") * scale
+    queries = query.shape[2]
+    query = rearrange(query.float(), "b (g r) q d -> b g (r q) d", g=key.shape[1])
+    logits = query @ key.float().transpose(-1, -2) * scale
+    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries)
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], -torch.inf)
     return logits.softmax(-1)
@@ -99,10 +200,3 @@ def attention_row(query: Tensor, key: Tensor, scale: float, visible: Tensor | No
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
-
-
-def cls_row(record: Record, need: ClsRow, attention: Attention) -> Tensor:
-    """Attention of token 0 of the tower's sequence to the others: (images, heads, length - 1) float32."""
-    query = split_heads(record[need, "query"][:, :1], attention.heads)[:, :, 0]
-    key = split_heads(record[need, "key"], attention.key_heads)
-    return attention_row(query, key, attention.scale)[..., 1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from einops import reduce
 from torch import Tensor
 
@@ -11,3 +12,26 @@ from torch import Tensor
 def attention_sum(rows: Iterable[Tensor]) -> Tensor:
     """Head-mean of attention rows (images, heads, tokens), summed over the rows."""
     return sum(reduce(row, "image head token -> image token", "mean") for row in rows)
+
+
+def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module did to each token: ||after|| / ||before|| and cos(after, before), both (batch, length) float32."""
+    before, after = before.float(), after.float()
+    ratio = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
+    return ratio, torch.cosine_similarity(after, before, dim=-1)
+
+
+def token_transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
+    """TransPrune's token transition variation of one module (arXiv 2507.20630, Eq. 1-3).
+
+    All (images, tokens), the softmax over an image's tokens. The released code has 1 - cos where the paper prints
+    1 - |cos|; this is the code's.
+    """
+    direction = (1 - cosine).masked_fill(~valid, -torch.inf).softmax(1)
+    return direction * ratio
+
+
+def share(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores (images, tokens) divided by their sum over the image's tokens."""
+    scores = scores.masked_fill(~valid, 0)
+    return scores / scores.sum(1, keepdim=True).clamp(min=1e-8)

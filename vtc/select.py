@@ -1,7 +1,7 @@
 """Which tokens stay: pure functions from importances to a keep mask.
 
-Shapes: `scores` (images, tokens) float32; `valid` (images, tokens) bool, False where an image has fewer tokens than
-the widest one; `keep` (images,) int64; the result (images, tokens) bool with exactly `keep` True entries an image.
+Shapes: `scores` (images, tokens) float32; `seen.valid` (images, tokens) bool, False where an image has fewer tokens
+than the widest one; `keep` (images,) int64; the result (images, tokens) bool with exactly `keep` True entries an image.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vtc.observe import Seen
 
-def top_k(scores: Tensor, valid: Tensor, keep: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+
+def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Tensor:
     """The `keep` highest scores of each image; among equals the earlier token wins."""
-    order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return (rank < keep[:, None]) & valid
+    order = scores.masked_fill(~seen.valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return (rank < keep[:, None]) & seen.valid
 
 
-def grid(scores: Tensor, valid: Tensor, keep: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-    """`keep` tokens evenly spaced over each image's (height, width) patch grid; the scores are not looked at."""
-    picked = torch.zeros_like(valid)
-    for image, ((height, width), count) in enumerate(zip(grids, keep.tolist(), strict=True)):
+def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Tensor:
+    """`keep` tokens evenly spaced over each image's patch grid; the scores are not looked at."""
+    picked = torch.zeros_like(seen.valid)
+    for image, ((height, width), count) in enumerate(zip(seen.grids, keep.tolist(), strict=True)):
         picked[image, evenly_spaced(height, width, count)] = True
     return picked
 

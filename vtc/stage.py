@@ -36,9 +36,14 @@ class Shape:
     tower_layers: int
     """Blocks of the vision tower up to and including the one whose output the projector reads."""
 
-    def scaled(self, layer: int, of: int) -> int:
-        """A paper's decoder layer `layer` of `of`, at the same relative depth here; never before layer 1."""
-        return max(1, round(layer * self.decoder_layers / of))
+    def scaled(self, *layers: int, of: int) -> tuple[int, ...]:
+        """A paper's decoder layers of `of`, at the same relative depths here: never before layer 1, no two the same."""
+        found = []
+        for layer in layers:
+            found.append(max(found[-1] + 1 if found else 1, round(layer * self.decoder_layers / of)))
+        if found[-1] >= self.decoder_layers:
+            raise ValueError(f"{len(layers)} stages do not fit into a decoder of {self.decoder_layers} layers")
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vtc import adapter as adapters
 from vtc.forward import Encoded, Forward, current
 from vtc.methods import methods
-from vtc.observe import ClsRow, cls_row, recording, watch
+from vtc.observe import recording, watch
 from vtc.stage import Budget, Method, check_budget
 from vtc.trace import Clock, Trace
 
@@ -90,8 +90,9 @@ class Compression:
         self._handles: list[Any] = []
         self._last = threading.local()
         self._latest = Trace()
-        if any(isinstance(need, ClsRow) for need in self._needs()) and not self.adapter.has_cls():
-            raise ValueError(f"{method.name} scores by CLS attention, and this vision tower has no CLS token")
+        self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
+        for need in self.needs:
+            need.modules(self.adapter)  # raises where the model has no such thing
         if (tokens := self.adapter.tokens_per_image()) is not None:
             self.keep(tokens)
 
@@ -106,14 +107,6 @@ class Compression:
     def keep(self, tokens: int) -> tuple[int, ...]:
         """How many of an image's `tokens` stay after each stage."""
         return self.method.keep(tokens, self.budget, self.shape)
-
-    def _needs(self) -> set:
-        return {need for stage in self.stages for need in stage.needs}
-
-    def _attention(self, need):
-        if isinstance(need, ClsRow):
-            return self.adapter.tower_attention(self.adapter.tower_blocks()[need.layer])
-        return self.adapter.decoder_attention(self.adapter.layers[need.layer])
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -130,8 +123,8 @@ class Compression:
                 for number, layer in enumerate(self.adapter.layers)
             ),
         ]
-        for need in self._needs():
-            self._handles += watch(self._attention(need), need)
+        for need in self.needs:
+            self._handles += watch(need, self.adapter)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -141,7 +134,7 @@ class Compression:
 
     def _observed_features(self, original):
         """`get_image_features` that leaves on each image's features what the tower showed about it."""
-        needs = [need for need in self._needs() if isinstance(need, ClsRow)]
+        needs = [need for need in self.needs if need.tower]
 
         @functools.wraps(original)
         def get_image_features(*args, **kwargs):
@@ -152,7 +145,7 @@ class Compression:
             finally:
                 recording.reset(token)
             span = (start, Clock.now(self.adapter.model.device))
-            rows = {need: cls_row(record, need, self._attention(need)) for need in needs}
+            rows = {need: need.row(record[need], self.adapter) for need in needs}
             features = getattr(outputs, "pooler_output", outputs[0])
             for image, feature in enumerate(features):
                 feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, span)

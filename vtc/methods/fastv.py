@@ -28,7 +28,7 @@ class FastV(Method):
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        layer = shape.scaled(2, of=32) if self.layer is None else self.layer
+        layer = shape.scaled(2, of=32)[0] if self.layer is None else self.layer
         if not 1 <= layer < shape.decoder_layers:
             raise ValueError(
                 f"layer={layer} must lie in 1 to {shape.decoder_layers - 1}: its score is seen in the one before"

@@ -1,0 +1,63 @@
+"""TransPrune: keep the tokens that the layers change most, and that the instruction attends to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc import scores
+from vtc.observe import Seen, TextRow, TokenTransition
+from vtc.stage import Method, Shape, Stage
+
+
+@dataclass(frozen=True)
+class TransPrune(Method):
+    """Keep the tokens that middle layers change most (TTV), and that the instruction attends to (IGA); three prunings.
+
+    "Token Transition Pruning for Efficient LVLM" (arXiv 2507.20630). Eq. 1-3: a module's TTV is softmax(1 - cos) * the
+    norm ratio of its output to its normed input. Eq. 4: summed from the layer before the first pruning on. Eq. 5: IGA is
+    the attention of the text after the image in the layer that follows. Eq. 6: each is divided by its sum over the
+    image, then weighed by `alpha`. As in the released code 1 - cos has no absolute value; the softmax runs over the
+    image's own tokens, where the code's runs over the whole batch. Unlike the code, survivors keep their original
+    positions.
+    """
+
+    keep_ratios: tuple[float, float, float] = (0.875, 0.625, 0.125)
+    """Shares of the image's tokens after each pruning: the released code's, the paper's "High" (41 % on average)."""
+    alpha: float = 0.5
+    """Weight of TTV. At 1.0 the instruction is not looked at (the paper's TTV-only row)."""
+    layers: tuple[int, int, int] | None = None
+    """Decoder layers to prune before. None: the paper's 7, 9 and 12 of 32, scaled to the depth of the decoder."""
+
+    LOW: ClassVar[tuple[float, float, float]] = (0.5, 0.25, 0.0625)
+    """Not in the released code; these ratios give the FLOPs that the paper prints for "Low" (1.19 T)."""
+
+    name: ClassVar[str] = "transprune"
+    paper: ClassVar[str] = "TransPrune, arXiv 2507.20630"
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        layers = self.layers or shape.scaled(7, 9, 12, of=32)
+        return tuple(self._stage(layer, layers[0] - 1) for layer in layers)
+
+    def _stage(self, layer: int, first: int) -> Stage:
+        transitions = tuple(TokenTransition(before) for before in range(first, layer))
+        instruction = (TextRow(layer),) if self.alpha < 1 else ()
+
+        def score(seen: Seen) -> Tensor:
+            transition = scores.share(sum(seen[need][:, 0] for need in transitions), seen.valid)
+            if not instruction:
+                return transition
+            return self.alpha * transition + (1 - self.alpha) * scores.share(seen[instruction[0]][:, 0], seen.valid)
+
+        return Stage(layer, score, (*transitions, *instruction))
+
+    def ratios(self) -> tuple[float, ...]:
+        return self.keep_ratios
+
+    def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
+        """Powers of one knob, so that the last ratio of `keep_ratios` as the knob gives back all of them."""
+        last = math.log(self.keep_ratios[-1])
+        return tuple(knob ** (math.log(ratio) / last) for ratio in self.keep_ratios)
