@@ -1,0 +1,257 @@
+"""Train the reference model from nothing.
+
+1. *tower*: the vision tower, on labels of patches and of the CLS token.
+2. *read*: projector and decoder, on captions and packed questions. The tower stays as it is: trained on questions about
+   images with tokens missing, it would learn to repeat each thing in tokens far away from it.
+
+A decoder trained on whole images alone breaks when the composition of its visual tokens changes, and then any pruning
+looks bad for a reason of its own. Hence, in phase 2, most batches see only some of the visual tokens, at their original
+positions, chosen in ways that favour no pruning method, and some rows see none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from vtc.eval import scenes
+from vtc.eval.reference.data import QUESTIONS, Batch, Pack, batches, encode, labels, make_batch, pack
+from vtc.eval.reference.model import PRESETS, Preset, build_model, build_processor, shared_tokenizer
+from vtc.eval.reference.network import Labels, gather, look, read
+
+BLIND = 0.05
+"""Part of the rows that see no visual token, so that a blind answer is an honest guess."""
+WHOLE = 1 / 3
+"""Part of the batches that see every visual token; the others see 5 to 100 %."""
+SAVE_SECONDS = 180
+
+
+class Trainer:
+    """The network, its optimiser and the step it is at; `run` goes on from there."""
+
+    def __init__(self, out: Path, preset: Preset, seed: int):
+        self.out, self.preset, self.seed, self.step = out, preset, seed, 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        self.model = build_model(preset, shared_tokenizer()).to(self.device)
+        self.labels = Labels(preset.vision[0], preset.text[0], preset.grid, len(labels())).to(self.device)
+        parameters = [*self.model.parameters(), *self.labels.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+        self.nothing = encode(" nothing")[0]
+        self.load()
+
+    # ------------------------------------------------------------ what survives an interruption
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def load(self) -> None:
+        """Take up the checkpoint in `out`, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if (state["preset"], state["seed"]) != (_plain(self.preset), self.seed):
+            raise ValueError(f"{self.checkpoint} is of another preset, seed or number of steps; choose another folder")
+        self.model.load_state_dict(state["model"])
+        self.labels.load_state_dict(state["labels"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {"preset": _plain(self.preset), "seed": self.seed, "step": self.step}
+        for name in ("model", "labels", "optimizer"):
+            state[name] = getattr(self, name).state_dict()
+        self.out.mkdir(parents=True, exist_ok=True)
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.checkpoint)
+
+    def export(self) -> None:
+        """The model and its processor, as `from_pretrained` takes them, into `out`/model."""
+        self.model.save_pretrained(self.out / "model")
+        build_processor(self.preset).save_pretrained(self.out / "model")
+
+    # ------------------------------------------------------------ steps
+
+    def run(self, report_every: int, workers: int) -> None:
+        from tqdm import tqdm
+
+        preset, saved = self.preset, time.monotonic()
+        total = preset.tower_steps + preset.read_steps
+        self.model.train()
+        with tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+            for batch in batches(preset, self.seed, self.step, total, workers):
+                loss = self.advance(batch)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if self.step % report_every == 0 or self.step in (preset.tower_steps, total):
+                    bar.write(f"step {self.step}: {self.report()}")
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        self.export()
+
+    def advance(self, batch: Batch) -> float:
+        """One optimiser step; returns its loss."""
+        reading = self.step >= self.preset.tower_steps
+        self._set_learning_rate(reading)
+        # a step draws the same subsets whether or not the training was interrupted before it
+        generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self._read_loss(batch, generator) if reading else self._tower_loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def _set_learning_rate(self, reading: bool) -> None:
+        """Warm-up and a cosine to a twentieth, a phase."""
+        tower = self.preset.tower_steps
+        step, steps = (self.step - tower, self.preset.read_steps) if reading else (self.step, tower)
+        rate = min(1.0, (step + 1) / min(200, 1 + steps // 10))
+        rate *= self.preset.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+        self.optimizer.param_groups[0]["lr"] = rate
+
+    def _tower_loss(self, batch: Batch) -> Tensor:
+        states = look(self.model, batch.pixels.to(self.device))
+        keep = torch.arange(self.preset.grid**2, device=self.device).expand(len(batch.things), -1)
+        named = self._patch_loss(batch, self._project(states, keep), keep)
+        return named + self.labels.cls_loss(states, batch.present.to(self.device))
+
+    def _read_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            states = look(self.model, batch.pixels.to(self.device))
+        keep = subset(states[-1][:, 1:].float().cpu(), generator)
+        blind = torch.rand(len(keep), generator=generator) < BLIND
+        text = self._pack(batch, keep, generator)
+        keep = keep.to(self.device)
+        tokens = self._project(states, keep)
+        hidden = read(self.model, tokens, keep, text, blind.to(self.device))
+        wanted = text.target >= 0
+        each = F.cross_entropy(self.model.lm_head(hidden[wanted]).float(), text.target[wanted], reduction="none")
+        caption = text.caption[wanted]
+        answers = each[~caption].mean() + 0.5 * each[caption].mean()
+        return answers + 0.3 * self._patch_loss(batch, tokens, keep)
+
+    def _project(self, states: list[Tensor], keep: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(gather(states[-1][:, 1:], keep))
+
+    def _patch_loss(self, batch: Batch, tokens: Tensor, keep: Tensor) -> Tensor:
+        words = gather(batch.patch_words.to(self.device), keep)
+        return self.labels.patch_loss(tokens, keep, words, self.model.get_input_embeddings().weight, self.nothing)
+
+    def _pack(self, batch: Batch, keep: Tensor, generator: torch.Generator) -> Pack:
+        """A caption of the things that the kept patches touch, and questions of every task."""
+        rows = []
+        for things, asked, kept in zip(batch.things, batch.asked, keep.tolist(), strict=True):
+            kept = set(kept)
+            seen = [t for t in things if kept.intersection(t.patches(self.preset.patch, self.preset.grid))]
+            chosen = torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist()
+            rows.append([(scenes.CAPTION, scenes.caption(seen)), *(asked[i][1:] for i in chosen)])
+        text = pack(rows)
+        return Pack(**{name: value.to(self.device) for name, value in vars(text).items()})
+
+    # ------------------------------------------------------------ how it is doing
+
+    @torch.no_grad()
+    def report(self, rows: int = 128) -> str:
+        """Validation: words named right in phase 1, answers right on whole images in phase 2."""
+        self.model.eval()
+        batch = make_batch("val", self.seed, 0, rows, self.preset)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            states = look(self.model, batch.pixels.to(self.device))
+            keep = torch.arange(self.preset.grid**2, device=self.device).expand(rows, -1)
+            tokens = self._project(states, keep)
+            if self.step <= self.preset.tower_steps:
+                scores = tokens.float() @ self.model.get_input_embeddings().weight.float().T
+                line = _named(scores.cpu(), batch.patch_words)
+            else:
+                line = self._answered(batch, tokens, keep)
+        self.model.train()
+        return line
+
+    def _answered(self, batch: Batch, tokens: Tensor, keep: Tensor) -> str:
+        text = pack([[qa[1:] for qa in asked] for asked in batch.asked])
+        text = Pack(**{name: value.to(self.device) for name, value in vars(text).items()})
+        scores = self.model.lm_head(read(self.model, tokens, keep, text))
+        first = (text.target >= 0) & (text.target != shared_tokenizer().eos_token_id)
+        right = (scores.argmax(-1) == text.target)[first].float().cpu()
+        tasks = [task for asked in batch.asked for task, _, _ in asked]
+        parts = {task: right[[t == task for t in tasks]].mean().item() for task in scenes.TASKS}
+        mean = sum(parts.values()) / len(parts)
+        return f"val answers {mean:.3f} (" + " ".join(f"{task} {part:.2f}" for task, part in parts.items()) + ")"
+
+
+def subset(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Which visual tokens a batch sees: sorted indices (batch, kept).
+
+    All of them, or 5 to 100 %: half of the rows at random, half along a random direction in feature space plus noise.
+    No pruning method is used here, so that none is favoured afterwards.
+    """
+    rows, patches, width = features.shape
+    if torch.rand((), generator=generator) < WHOLE:
+        return torch.arange(patches).expand(rows, -1)
+    kept = max(1, round(patches * (0.05 + 0.95 * torch.rand((), generator=generator).item())))
+    noise = torch.randn(rows, patches, generator=generator)
+    direction = torch.randn(rows, width, 1, generator=generator)
+    along = ((features - features.mean(1, keepdim=True)) @ direction).squeeze(-1)
+    along = along / along.std(1, keepdim=True).clamp(min=1e-6) + 0.5 * noise
+    score = torch.where(torch.rand(rows, 1, generator=generator) < 0.5, noise, along)
+    return score.topk(kept).indices.sort().values
+
+
+def _named(scores: Tensor, words: Tensor) -> str:
+    """How often the best-scoring words of a patch are those that describe it, for patches that something touches."""
+    busy = words[..., 1] >= 0
+    scores, words = scores[busy], words[busy]
+    count = (words >= 0).sum(-1)
+    found = [
+        len(set(row.topk(n).indices.tolist()) & set(given.tolist())) / n
+        for row, given, n in zip(scores, words, count.tolist(), strict=True)
+    ]
+    return f"val words named {sum(found) / len(found):.3f}"
+
+
+def _plain(preset: Preset) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preset).items()}
+
+
+def train(
+    out: Path,
+    preset: str = "small",
+    tower_steps: int | None = None,
+    read_steps: int | None = None,
+    seed: int = 0,
+    report_every: int = 250,
+    workers: int = 1,
+) -> LlavaForConditionalGeneration:
+    """Train a reference model; go on from `out`/checkpoint.pt if it is there; leave model and processor in `out`/model.
+
+    `preset` is one of PRESETS; the numbers of steps default to the preset's. Raises ValueError for an unknown preset or
+    where `out` holds a checkpoint of other settings.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    chosen = replace(
+        chosen,
+        tower_steps=chosen.tower_steps if tower_steps is None else tower_steps,
+        read_steps=chosen.read_steps if read_steps is None else read_steps,
+    )
+    trainer = Trainer(Path(out), chosen, seed)
+    trainer.run(report_every, workers)
+    return trainer.model.eval()
