@@ -7,6 +7,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 IMAGE = 99
 PAD = 0
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's normalisation."""
 
 
 def llava(seed: int = 0, attn: str = "sdpa", layers: int = 6, grid: int = 6) -> LlavaForConditionalGeneration:
@@ -65,5 +67,6 @@ def prompt(model, images: tuple[int, ...] = (1,), length: int = 8, pad: str | No
     real = [[0] * ((longest - len(r)) * left) + [1] * len(r) + [0] * ((longest - len(r)) * (not left)) for r in rows]
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
     if sum(images):
-        inputs["pixel_values"] = torch.randn(sum(images), 3, size, size, generator=generator)
+        levels = torch.randint(0, 256, (sum(images), 3, size, size), generator=generator) / 255
+        inputs["pixel_values"] = (levels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     return inputs

@@ -8,6 +8,7 @@ from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
+from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
 
 FAMILIES = {"llava": llava}
@@ -21,9 +22,14 @@ METHODS = {  # from easy to hard settings
     "fastv-native": (FastV(), None),
     "fastv-early": (FastV(layer=1), 0.3),
     "fastv-late": (FastV(layer=4, ratio=0.9), None),
+    "vflowopt-late": (VFlowOpt(retain=(1.0, 0.6, 0.5), threshold=1.2), None),
+    "vflowopt": (VFlowOpt(alpha=0.3, cell=0.4), 0.4),
     "transprune-high": (TransPrune(), None),
     "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
 }
+
+MERGING = {"vflowopt"}
+"""Those that do more than drop: for them masking is no oracle."""
 
 BATCHES = {  # images of each row, padding side
     "single": ((1,), None),

@@ -5,7 +5,7 @@ import math
 import oracle
 import pytest
 import torch
-from models import IMAGE, llava, prompt
+from models import IMAGE, MEAN, STD, llava, prompt
 from oracle import attentions, top
 
 import vtc
@@ -13,6 +13,7 @@ from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
+from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
 from vtc.observe import attention_rows
 from vtc.select import evenly_spaced
@@ -149,6 +150,79 @@ def test_transprune(models, seed, alpha):
             left[image] = [left[image][index] for index in top(score, round(36 * ratio))]
         expected = [left[0], [], left[1] + [36 + index for index in left[2]]]
         assert [kept.tolist() for kept in trace.kept(stage)] == expected
+
+
+def importance(models, tower, pixels, image, threshold, alpha):
+    """VFlowOpt's map of one image, from the formula."""
+    matrix = tower[3][image].mean(0)[1:, 1:].tolist()
+    received = [sum(matrix[i][j] for i in range(36)) / 36 for j in range(36)]
+    relevant = [j for j in range(36) if received[j] > threshold * sum(received) / 36] or list(range(36))
+    result = [sum(matrix[k][j] for k in relevant) / len(relevant) for j in range(36)]
+    entropies = []
+    for row in range(6):
+        for column in range(6):
+            counts = {}
+            for y in range(8):
+                for x in range(8):
+                    r, g, b = (
+                        (pixels[image, c, 8 * row + y, 8 * column + x].item() * STD[c] + MEAN[c]) * 255
+                        for c in range(3)
+                    )
+                    grey = min(255, max(0, round((r + g + b) / 3)))
+                    counts[grey] = counts.get(grey, 0) + 1
+            entropies.append(-sum(n / 64 * math.log2(n / 64) for n in counts.values()))
+    partition = sum(math.exp(entropy) for entropy in entropies)
+    return [a + alpha * math.exp(e) / partition for a, e in zip(result, entropies, strict=True)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_vflowopt(models, seed, alpha):
+    """What stays at all three sites, which token took in which, and the merged features themselves."""
+    inputs = prompt(models[0], (1, 0, 2), pad="left", seed=seed)
+    method = VFlowOpt(retain=(0.5, 0.75, 0.5), threshold=1.1, cell=0.5, alpha=alpha)
+    entering = []
+    decoder = models[0].base_model.language_model
+    handle = decoder.layers[0].register_forward_pre_hook(lambda m, args: entering.append(args[0]))
+    trace, (tower, _) = kept_by(models, method, None, inputs)
+    handle.remove()
+    with torch.no_grad():
+        features = models[0].get_image_features(inputs["pixel_values"]).pooler_output
+    for image, (row, offset) in enumerate(((0, 0), (2, 0), (2, 36))):
+        score = importance(models, tower, inputs["pixel_values"], image, 1.1, alpha)
+        best = top(score, 18 - 4)  # cells of 3 x 3 patches: four
+        cells = {}
+        for index in range(36):
+            if index not in best:
+                cells.setdefault((index // 6 // 3, index % 6 // 3), []).append(index)
+        leaders = {max(group, key=lambda i: score[i]): group for group in cells.values()}
+        assert len(leaders) == 4
+        first = sorted([*best, *leaders])
+        kept = [index - offset for index in trace.kept(0)[row].tolist() if 0 <= index - offset < 36]
+        assert kept == first
+        into = trace.stages[0].into[image].tolist()
+        assert into == [
+            index if index in first else next(lead for lead, group in leaders.items() if index in group)
+            for index in range(36)
+        ]
+        states = entering[0][row]
+        for group in leaders.values():
+            mass = sum(score[i] for i in group)
+            expected = sum(features[image][i] * (score[i] / mass) for i in group)
+            assert torch.isclose(states, expected, atol=1e-5, rtol=1e-4).all(1).any()
+        for index in best:
+            assert (states == features[image][index]).all(1).any()
+        second = top([score[i] for i in first], round(36 * 0.375))
+        third = top([score[first[i]] for i in second], round(36 * 0.1875))
+        last = [index - offset for index in trace.kept(2)[row].tolist() if 0 <= index - offset < 36]
+        assert last == [first[second[i]] for i in third]
+
+
+def test_vflowopt_without_a_relevant_patch_takes_all(models):
+    inputs = prompt(models[0], (1,))
+    trace, (tower, _) = kept_by(models, VFlowOpt(threshold=1e6, cell=0.5), 0.5, inputs)
+    received = tower[3][0].mean(0)[1:, 1:].mean(0)
+    torch.testing.assert_close(trace.scores(0)[0], received, atol=1e-6, rtol=1e-4)
 
 
 def test_random_depends_on_the_seed_alone(models):

@@ -70,6 +70,10 @@ class Adapter:
         first, second = x.chunk(2, dim=-1)
         return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
+    def patch_size(self) -> int:
+        """Pixels on the side of the square that becomes one visual token."""
+        return self.model.config.vision_config.patch_size
+
     def tokens_per_image(self) -> int | None:
         """Visual tokens of an image where the family fixes that number, else None."""
         return None

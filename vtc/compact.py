@@ -7,6 +7,7 @@ rotary tables are gathered, never recomputed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,13 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     x = x.expand(*shape[:dim], *x.shape[dim:])
     index = index.view(*(1,) * (dim - 1), *index.shape, *(1,) * (x.ndim - dim - 1))
     return x.gather(dim, index.expand(shape))
+
+
+def change(x: Tensor, row: Tensor, position: Tensor, valid: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
+    """x (batch, length, width) with new(features) in place of the features at `position` (images, tokens) of `row`."""
+    row = row[:, None].expand_as(position)
+    changed = new(x[row, position])
+    return x.index_put((row[valid], position[valid]), changed[valid])
 
 
 def join(past: Tensor | None, past_length: int, new: Tensor | None, shape: tuple[int, int], device) -> Tensor | None:

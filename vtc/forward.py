@@ -6,6 +6,7 @@ to the cache object (`CacheState`); never to the module. So threads may share a 
 
 from __future__ import annotations
 
+import functools
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
-from vtc import compact
+from vtc import compact, merge
 from vtc.observe import Need, Record, Seen, attention_rows, split_heads
 from vtc.trace import Clock, StageTrace, Trace
 
@@ -247,9 +248,12 @@ class Forward:
             grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
             seen = Seen({need: self.rows[need] for need in stage.needs}, tokens.valid, grids)
             scores = stage.score(seen)
-            keep = stage.select(scores, seen, torch.tensor(counts, device=hidden.device))
-            self._note(number, keep, scores)
-            plan = self._compact(keep, counts)
+            selection = stage.select(scores, seen, torch.tensor(counts, device=hidden.device))
+            if (into := selection.into) is not None:
+                absorb = functools.partial(merge.absorb, into=into, weights=scores)
+                hidden = compact.change(hidden, tokens.row, tokens.position, tokens.valid, absorb)
+            self._note(number, selection.keep, scores, into)
+            plan = self._compact(selection.keep, counts)
             hidden = compact.gather(hidden, plan.index)
             positions = None if positions is None else compact.gather(positions, plan.index, dim=-1)
             if self.rotary is not None:
@@ -283,10 +287,10 @@ class Forward:
         self.mask, self.length = plan.mask, plan.index.shape[1]
         return plan
 
-    def _note(self, number: int, kept: Tensor, scores: Tensor | None) -> None:
+    def _note(self, number: int, kept: Tensor, scores: Tensor | None, into: Tensor | None = None) -> None:
         stage, tokens = self.compression.stages[number], self.tokens
         scores = None if scores is None else scores.detach()
-        self.state.trace.stages.append(StageTrace(stage.layer, tokens.index, tokens.valid, kept, scores))
+        self.state.trace.stages.append(StageTrace(stage.layer, tokens.index, tokens.valid, kept, scores, into))
 
     # -- observation ----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ hook keeps, and how they become one row over the visual tokens, in float32. Noth
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -76,6 +77,76 @@ class ClsRow(Need):
         query = split_heads(record["query"][:, :1], attention.heads)
         key = split_heads(record["key"], attention.key_heads)
         return attention_rows(query, key, attention.scale)[:, :, 0, 1:]
+
+
+@dataclass(frozen=True)
+class RelevantAttention(Need):
+    """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
+
+    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
+    The head-mean matrix is summed up in blocks of queries, never stored.
+    """
+
+    threshold: float
+
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
+        patches = int(adapter.has_cls())
+        query = split_heads(record["query"], attention.heads)[:, :, patches:]
+        key = split_heads(record["key"], attention.key_heads)
+
+        def paid(weights: Tensor) -> Tensor:
+            """The head-mean attention paid to each patch, summed over queries with (images, queries) weights."""
+            blocks = zip(query.split(QUERY_BLOCK, dim=2), weights.split(QUERY_BLOCK, dim=1), strict=True)
+            rows = (
+                torch.einsum("ihqn,iq->in", attention_rows(part, key, attention.scale), weight)
+                for part, weight in blocks
+            )
+            return (sum(rows) / attention.heads)[:, patches:]
+
+        received = paid(torch.ones_like(query[:, 0, :, 0], dtype=torch.float32))
+        important = (received > self.threshold * received.mean(1, keepdim=True)).float()
+        important = torch.where(important.any(1, keepdim=True), important, 1.0)
+        return paid(important / important.sum(1, keepdim=True))[:, None]
+
+
+QUERY_BLOCK = 64
+"""Queries whose attention rows are held at once."""
+
+
+@dataclass(frozen=True)
+class PatchEntropy(Need):
+    """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (images, 1, tokens).
+
+    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4).
+    """
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """What the image processor normalised by; CLIP's."""
+
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {}
+
+    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        pixels = record["pixels"].float()
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        grey = ((pixels * std + mean) * 255).mean(1).round().clamp(0, 255).long()
+        size = adapter.patch_size()
+        patches = rearrange(grey, "i (h p) (w q) -> i (h w) (p q)", p=size, q=size)
+        counts = torch.zeros(*patches.shape[:2], 256, device=grey.device).scatter_add_(
+            2, patches, torch.ones_like(patches, dtype=torch.float32)
+        )
+        entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
+        return entropy.softmax(1)[:, None]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Which tokens stay: pure functions from importances to a keep mask.
+"""Which tokens stay: pure functions from importances to a `Selection`.
 
 Shapes: `scores` (images, tokens) float32; `seen.valid` (images, tokens) bool, False where an image has fewer tokens
-than the widest one; `keep` (images,) int64; the result (images, tokens) bool with exactly `keep` True entries an image.
+than the widest one; `keep` (images,) int64, the number that stays of each image.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,20 +16,30 @@ from torch import Tensor
 from vtc.observe import Seen
 
 
-def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens stay, and what becomes of the others."""
+
+    keep: Tensor
+    """(images, tokens) bool."""
+    into: Tensor | None = None
+    """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
+
+
+def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
     """The `keep` highest scores of each image; among equals the earlier token wins."""
     order = scores.masked_fill(~seen.valid, -math.inf).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return (rank < keep[:, None]) & seen.valid
+    return Selection((rank < keep[:, None]) & seen.valid)
 
 
-def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Tensor:
+def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
     """`keep` tokens evenly spaced over each image's patch grid; the scores are not looked at."""
     picked = torch.zeros_like(seen.valid)
     for image, ((height, width), count) in enumerate(zip(seen.grids, keep.tolist(), strict=True)):
         picked[image, evenly_spaced(height, width, count)] = True
-    return picked
+    return Selection(picked)
 
 
 def evenly_spaced(height: int, width: int, count: int) -> list[int]:

@@ -6,6 +6,7 @@ never dropped, at least one token stays, keep lists are sorted, one compaction r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -51,13 +52,13 @@ class Stage:
     """One place where visual tokens leave: before decoder layer `layer` runs; 0 is the encoder site.
 
     `score` maps what was seen to importances, shape (images, tokens), float32, higher stays. `needs` says what has to
-    be observed for it. `select` turns scores into a keep mask.
+    be observed for it. `select` turns scores, what was seen, and the number to keep of each image into a `Selection`.
     """
 
     layer: int
     score: Callable[[Seen], Tensor]
     needs: tuple[Need, ...] = ()
-    select: Callable[..., Tensor] = field(default=select.top_k)
+    select: Callable[[Tensor, Seen, Tensor], select.Selection] = field(default=select.top_k)
 
 
 class Method:
@@ -75,8 +76,14 @@ class Method:
         return None
 
     def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
-        """The share of the image's tokens kept after each stage for a knob in [0, 1]; rises with the knob."""
-        return (knob,) * stages
+        """The share of the image's tokens kept after each stage for a knob in [0, 1]; rises with the knob.
+
+        Powers of the knob, such that the last of `ratios` as the knob gives back all of them; else the same for all.
+        """
+        ratios = self.ratios()
+        if ratios is None or not 0 < ratios[-1] < 1:
+            return (knob,) * stages
+        return tuple(knob ** (math.log(ratio) / math.log(ratios[-1])) for ratio in ratios)
 
     def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
         """How many of an image's `tokens` stay after each stage.

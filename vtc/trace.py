@@ -25,6 +25,8 @@ class StageTrace:
     """(images, tokens) bool."""
     scores: Tensor | None
     """(images, tokens) float32; None where the stage had nothing to drop."""
+    into: Tensor | None = None
+    """(images, tokens): the entry that took each one in, -1 where it was dropped; None where nothing was merged."""
 
 
 @dataclass

@@ -145,7 +145,8 @@ class Compression:
             finally:
                 recording.reset(token)
             span = (start, Clock.now(self.adapter.model.device))
-            rows = {need: need.row(record[need], self.adapter) for need in needs}
+            pixels = args[0] if args else kwargs["pixel_values"]
+            rows = {need: need.row({**record.get(need, {}), "pixels": pixels}, self.adapter) for need in needs}
             features = getattr(outputs, "pooler_output", outputs[0])
             for image, feature in enumerate(features):
                 feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, span)

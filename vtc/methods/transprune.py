@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +17,8 @@ class TransPrune(Method):
     """Keep the tokens that middle layers change most (TTV), and that the instruction attends to (IGA); three prunings.
 
     "Token Transition Pruning for Efficient LVLM" (arXiv 2507.20630). Eq. 1-3: a module's TTV is softmax(1 - cos) * the
-    norm ratio of its output to its normed input. Eq. 4: summed from the layer before the first pruning on. Eq. 5: IGA is
-    the attention of the text after the image in the layer that follows. Eq. 6: each is divided by its sum over the
+    norm ratio of its output to its normed input. Eq. 4: summed from the layer before the first pruning on. Eq. 5: IGA
+    is the attention of the text after the image in the layer that follows. Eq. 6: each is divided by its sum over the
     image, then weighed by `alpha`. As in the released code 1 - cos has no absolute value; the softmax runs over the
     image's own tokens, where the code's runs over the whole batch. Unlike the code, survivors keep their original
     positions.
@@ -56,8 +55,3 @@ class TransPrune(Method):
 
     def ratios(self) -> tuple[float, ...]:
         return self.keep_ratios
-
-    def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
-        """Powers of one knob, so that the last ratio of `keep_ratios` as the knob gives back all of them."""
-        last = math.log(self.keep_ratios[-1])
-        return tuple(knob ** (math.log(ratio) / last) for ratio in self.keep_ratios)
