@@ -275,7 +275,8 @@ def _put(kind: str, cell: tuple[int, int], image: Image.Image, split: Split, ran
         name, mask = "dot", _shape_mask("circle", round(unit * random.choice((0.5, 0.625))))
     elif kind == "digit":
         pick = random.choice(_digits(split))
-        name, mask = pick[0], pick[1].resize((round(unit * 1.75),) * 2, Image.Resampling.BICUBIC)
+        upright = pick[1].resize((round(unit * 1.75),) * 2, Image.Resampling.BICUBIC)
+        name, mask = pick[0], upright.rotate(random.uniform(-12, 12), Image.Resampling.BILINEAR)
     else:
         name = random.choice(WORDS)
         mask = _word_mask(name, round(unit * 1.375))

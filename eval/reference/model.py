@@ -60,7 +60,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(),
-    "large": Preset(336, 14, (320, 9, 5, 1024), (320, 10, 5, 864), 20_000, 128, 60_000, 64, 5e-4),
+    "large": Preset(336, 14, (320, 9, 5, 832), (320, 10, 5, 640), 20_000, 128, 60_000, 64, 5e-4),
     "tiny": Preset(96, 8, (16, 3, 2, 32), (16, 2, 2, 32), 2, 4, 2, 4),
 }
 """small: what ships, for 2 CPU cores. large: 576 visual tokens, for a GPU. tiny: for tests."""

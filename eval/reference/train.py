@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,12 +85,16 @@ class Trainer:
 
     # ------------------------------------------------------------ steps
 
-    def run(self, report_every: int, workers: int) -> None:
+    def run(self, report_every: int, workers: int, compiled: bool) -> None:
+        """Train to the end, with a progress bar, reports and checkpoints; then export."""
         from tqdm import tqdm
 
         preset, saved = self.preset, time.monotonic()
         total = preset.tower_steps + preset.read_steps
         self.model.train()
+        if compiled:  # a narrow decoder spends most of its time between matrix products
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=True)
         with tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             for batch in batches(preset, self.seed, self.step, total, workers):
                 loss = self.advance(batch)
@@ -172,7 +177,7 @@ class Trainer:
         """Validation: words named right in phase 1, answers right on whole images in phase 2."""
         self.model.eval()
         batch = make_batch("val", self.seed, 0, rows, self.preset)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
             states = look(self.model, batch.pixels.to(self.device))
             keep = torch.arange(self.preset.grid**2, device=self.device).expand(rows, -1)
             tokens = self._project(states, keep)
@@ -238,11 +243,13 @@ def train(
     seed: int = 0,
     report_every: int = 250,
     workers: int = 1,
+    compiled: bool | None = None,
 ) -> LlavaForConditionalGeneration:
     """Train a reference model; go on from `out`/checkpoint.pt if it is there; leave model and processor in `out`/model.
 
-    `preset` is one of PRESETS; the numbers of steps default to the preset's. Raises ValueError for an unknown preset or
-    where `out` holds a checkpoint of other settings.
+    `preset` is one of PRESETS; the numbers of steps default to the preset's. `workers` processes draw scenes.
+    The decoder is compiled where there is a C++ compiler, unless `compiled` says otherwise. Raises ValueError for
+    an unknown preset or where `out` holds a checkpoint of other settings.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
@@ -253,5 +260,5 @@ def train(
         read_steps=chosen.read_steps if read_steps is None else read_steps,
     )
     trainer = Trainer(Path(out), chosen, seed)
-    trainer.run(report_every, workers)
+    trainer.run(report_every, workers, shutil.which("g++") is not None if compiled is None else compiled)
     return trainer.model.eval()

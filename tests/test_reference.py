@@ -1,0 +1,167 @@
+"""The reference model: its processor, what training shows it, that training resumes, and the shipped weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vtc.eval import reference, scenes
+from vtc.eval.reference.data import Batch, Pack, encode, head, make_batch, pack, to_pixels
+from vtc.eval.reference.model import PRESETS, build_model, build_processor
+from vtc.eval.reference.network import cls_attention, gather, look, read
+from vtc.eval.reference.train import Trainer, subset, train
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(TINY)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    torch.manual_seed(0)
+    return build_model(TINY, processor.tokenizer).eval()
+
+
+def prompt(processor, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def test_every_answer_is_one_token_and_nothing_is_unknown(processor):
+    tokenizer = processor.tokenizer
+    words = [*scenes.COLORS, *scenes.SHAPES, *scenes.WORDS, *scenes.DIGITS, *scenes.COUNTS.values()]
+    words += ["yes", "no", "left", "right", "top", "bottom", "digit", "word", "dot", "nothing"]
+    assert all(len(encode(f" {word}")) == 1 for word in words)
+    text = "Ünïcode, 漢字 and a made-up wörd?"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_prompt_is_what_training_shows(processor):
+    example = scenes.example("test", 0, 0)
+    inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    image = processor.image_token_id
+    block = pack([[(example.question, example.answer)]])
+    asked = block.ids[0, : int((block.target[0] >= 0).nonzero()[0]) + 1].tolist()
+    assert ids == [*head(), *[image] * 144, *asked]
+    torch.testing.assert_close(inputs["pixel_values"][0], (to_pixels(example.image) / 255 - 0.25) / 0.25)
+
+
+def test_any_image_is_squeezed_to_the_models_size(processor):
+    wide = scenes.example("test", 0, 1).image.resize((200, 50))
+    inputs = processor(images=[wide], text=[prompt(processor, "what digit is it?")], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+
+
+def test_reading_packed_questions_equals_asking_one_by_one(processor, model):
+    """The training forward pass gives the logits that `forward` gives on a prompt."""
+    example = scenes.example("test", 0, 3)
+    questions = [("what color is the dot?", "red"), ("how many shapes are there?", "two")]
+    with torch.no_grad():
+        states = look(model, to_pixels(example.image)[None])
+        keep = torch.arange(144)[None]
+        text = pack([questions])
+        tokens = model.model.multi_modal_projector(gather(states[-1][:, 1:], keep))
+        packed = model.lm_head(read(model, tokens, keep, text))
+        for index, (question, _) in enumerate(questions):
+            inputs = processor(images=[example.image], text=[prompt(processor, question)], return_tensors="pt")
+            alone = model(**inputs).logits[0, -1]
+            first = ((text.block[0] == index + 1) & (text.target[0] >= 0)).nonzero()[0]
+            torch.testing.assert_close(packed[0, first].squeeze(0), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_cls_attention_is_the_towers_own(model):
+    pixels = to_pixels(scenes.example("test", 0, 0).image)[None]
+    model.model.vision_tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        seen = model.model.vision_tower((pixels / 255 - 0.25) / 0.25, output_attentions=True)
+        row = cls_attention(model, look(model, pixels))
+    torch.testing.assert_close(row, seen.attentions[-2].mean(1)[:, 0, 1:])
+
+
+def test_subsets_are_sorted_and_of_every_size():
+    features = torch.randn(6, 144, 8, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for seed in range(60):
+        keep = subset(features, torch.Generator().manual_seed(seed))
+        assert (keep.diff(dim=1) > 0).all()
+        counts.append(keep.shape[1])
+    assert 10 <= counts.count(144) <= 30
+    assert min(counts) < 30
+
+
+def test_patch_labels_say_what_is_there():
+    batch = make_batch("train", 0, 0, 4, TINY)
+    for row, things in enumerate(batch.things):
+        for thing in things:
+            words = [encode(f" {word}")[0] for word in thing.words]
+            for patch in thing.patches(8, 12):
+                assert set(words) <= set(batch.patch_words[row, patch].tolist())
+        assert int((batch.patch_words[row, :, 0] == encode(" nothing")[0]).sum()) > 100
+
+
+def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", "tiny", report_every=100, workers=0, compiled=False)
+
+    class Killed(Exception):
+        pass
+
+    advance = Trainer.advance
+
+    def dies_at_three(self: Trainer, batch: Batch) -> float:
+        if self.step == 3:
+            raise Killed
+        loss = advance(self, batch)
+        self.save()
+        return loss
+
+    monkeypatch.setattr(Trainer, "advance", dies_at_three)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", "tiny", report_every=100, workers=0, compiled=False)
+    monkeypatch.setattr(Trainer, "advance", advance)
+    resumed = train(tmp_path / "killed", "tiny", report_every=100, workers=0, compiled=False)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
+
+    AutoProcessor.from_pretrained(tmp_path / "killed" / "model")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "killed" / "model")
+    with pytest.raises(ValueError, match="another folder"):
+        train(tmp_path / "killed", "tiny", read_steps=7, workers=0, compiled=False)
+
+
+def test_an_unknown_preset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="small"):
+        train(tmp_path, "huge")
+
+
+def test_the_large_preset_takes_the_same_path():
+    large = PRESETS["large"]
+    batch = make_batch("train", 0, 0, 1, large)
+    assert batch.pixels.shape == (1, 3, 336, 336)
+    assert batch.patch_words.shape[:2] == (1, 576)
+    big = build_model(large, build_processor(large).tokenizer)
+    assert sum(p.numel() for p in big.parameters()) <= 20e6
+    with torch.no_grad():
+        states = look(big, batch.pixels)
+        keep = torch.arange(0, 576, 9)[None]
+        text: Pack = pack([[batch.asked[0][0][1:]]])
+        hidden = read(big, big.model.multi_modal_projector(gather(states[-1][:, 1:], keep)), keep, text)
+    assert hidden.shape == (*text.ids.shape, large.text[0])
+
+
+@pytest.mark.skipif(not (reference.PATH / "config.json").exists(), reason="the weights are not there yet")
+def test_the_shipped_weights_answer():
+    processor = AutoProcessor.from_pretrained(reference.PATH)
+    shipped = AutoModelForImageTextToText.from_pretrained(reference.PATH).eval()
+    assert sum(file.stat().st_size for file in reference.PATH.glob("*")) < 40e6
+    examples = scenes.load("test", limit=45)
+    prompts = [prompt(processor, example.question) for example in examples]
+    inputs = processor(images=[example.image for example in examples], text=prompts, return_tensors="pt", padding=True)
+    output = shipped.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
+    answers = [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
+    right = sum(answer == example.answer for answer, example in zip(answers, examples, strict=True))
+    assert right / len(examples) >= 0.75, answers
