@@ -1,14 +1,18 @@
 """Each method's keep list against a slow reference written from the formula: full attention, loops."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import oracle
 import pytest
 import torch
 from models import IMAGE, MEAN, STD, llava, prompt
 from oracle import attentions, top
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
+from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.transprune import TransPrune
@@ -223,6 +227,137 @@ def test_vflowopt_without_a_relevant_patch_takes_all(models):
     trace, (tower, _) = kept_by(models, VFlowOpt(threshold=1e6, cell=0.5), 0.5, inputs)
     received = tower[3][0].mean(0)[1:, 1:].mean(0)
     torch.testing.assert_close(trace.scores(0)[0], received, atol=1e-6, rtol=1e-4)
+
+
+def self_scores(model, seen, layer, row, alive):
+    """S_self of ATP: full logits from transformers' own rotary embedding, averaged over heads and visual queries."""
+    query, key = (states[row] for states in seen[layer])
+    length = query.shape[0]
+    query, key = (x.view(length, -1, 8).transpose(0, 1)[None] for x in (query, key))
+    cos, sin = (table[row : row + 1] for table in seen["rotary"])
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    logits = (query[0] @ key[0].repeat_interleave(2, 0).transpose(1, 2)).mean(0) / math.sqrt(8)
+    return [sum(logits[i, j].item() for i in alive) / len(alive) for j in alive]
+
+
+def unit(values):
+    return [(v - min(values)) / (max(values) - min(values)) for v in values]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_atp(models, seed):
+    """Stage by stage, with random thresholds; rows keep different counts."""
+    inputs, layers, ids = prompt(models[0], (1, 0, 2), pad="left", seed=seed), (2, 3, 5), None
+    torch.manual_seed(seed)
+    method = Atp(layers=layers, rates=(0.25, 0.25, 0.0625)).untrained(vtc.adapter.find(models[0]).shape(), 16)
+    method.modules.eval()
+    for module in method.modules:  # near the middle of what passes, and the lattice on or off
+        module.redundant.bias.data.fill_(-0.5 + 0.4 * torch.rand(()).item())
+        module.spatial.bias.data.fill_(-2.5 * torch.rand(()).item())
+    with vtc.compressed(models[0], method) as trace:
+        models[0](**inputs)
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    places = {row: (ids[row] == IMAGE).nonzero()[:, 0].tolist() for row in range(3)}
+    images = [(0, places[0]), (2, places[2][:36]), (2, places[2][36:])]
+    left = [list(range(36)) for _ in images]
+    decoder_model = models[1].base_model.language_model
+    for stage, layer in enumerate(layers):
+        visible = [oracle.visible_keys(models[1], trace, inputs)[before] for before in range(layer)]
+        seen, handles = {}, []
+
+        def keep(m, args, out, number=None, seen=seen):
+            seen.update(rotary=out) if number is None else seen.setdefault(number, []).append(out)
+
+        for number, block in enumerate(decoder_model.layers):
+            for projection in (block.self_attn.q_proj, block.self_attn.k_proj):
+                handles.append(projection.register_forward_hook(partial(keep, number=number)))
+        handles.append(decoder_model.rotary_emb.register_forward_hook(keep))
+        with oracle.masked_layers(models[1], [*visible, *[visible[-1]] * (6 - layer)]):
+            _, matrices = attentions(models[1], inputs)
+        for handle in handles:
+            handle.remove()
+        for image, (row, where) in enumerate(images):
+            alive = [where[index] for index in left[image]]
+            own = unit(self_scores(models[1], seen, layer - 1, row, alive))
+            text = [p for p in range(where[-1] + 1, ids.shape[1]) if real[row, p] and ids[row, p] != IMAGE]
+            matrix = matrices[layer - 1][row].mean(0)
+            cross = unit([sum(matrix[q, place].item() for q in text) / len(text) for place in alive])
+            means = torch.tensor([[sum(own) / len(own), sum(cross) / len(cross)]])
+            redundant, spatial = (threshold.item() for threshold in method.modules[stage](means))
+            rate = method.rates[stage]
+            step = round((1 / rate) ** 0.5)
+            total = [(a + b) / 2 for a, b in zip(own, cross, strict=True)]
+            kept = []
+            for index, score in zip(left[image], total, strict=True):
+                lattice = max(0, 1 - 3 * rate) if index // 6 % step == 0 and index % 6 % step == 0 else 0
+                if score > redundant or lattice > spatial or score == max(total):
+                    kept.append(index)
+            left[image] = kept
+        expected = [left[0], [], left[1] + [36 + index for index in left[2]]]
+        assert [kept.tolist() for kept in trace.kept(stage)] == expected
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_atp_soft_gates_become_the_hard_drop(attn):
+    """With steep gates the softly gated model answers as the pruned one."""
+    model, inputs = llava(attn=attn), prompt(llava(), (1, 2), pad="left")
+    torch.manual_seed(0)
+    method = Atp(layers=(1, 3), rates=(0.0625, 0.0625)).untrained(vtc.adapter.find(model).shape(), 16)
+    with torch.no_grad():
+        method.modules.eval()
+        hard = vtc.wrap(model, method)(**inputs).logits
+        kept = model.vtc.trace.tokens_per_layer
+        method.modules.train()
+        soft = vtc.wrap(model, replace(method, sharpness=1e6))(**inputs).logits
+        plain = vtc.unwrap(model)(**inputs).logits
+    assert (kept[:, -1] < kept[:, 0]).all()
+    torch.testing.assert_close(soft[:, -1], hard[:, -1], atol=1e-3, rtol=1e-3)
+    assert (plain[:, -1] - hard[:, -1]).abs().max() > 0.1
+
+
+def test_atp_thresholds_learn_through_sdpa():
+    """The gradient agrees with finite differences, for one module: a second one counts only the tokens above a half."""
+    model = llava().double()
+    inputs = prompt(model, (1, 1), pad="left")
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    torch.manual_seed(0)
+    method = Atp(layers=(2,), rates=(0.0625,)).untrained(vtc.adapter.find(model).shape(), 4)
+    method.modules.train()
+    vtc.wrap(model, method)
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model(**inputs).logits[:, -1], torch.tensor([3, 5]))
+
+    loss().backward()
+    for parameter in method.modules.parameters():
+        for place in range(min(3, parameter.numel())):
+            values = []
+            for step in (1e-2, -1e-2):
+                with torch.no_grad():
+                    parameter.view(-1)[place] += step
+                    values.append(loss().item())
+                    parameter.view(-1)[place] -= step
+            slope = (values[0] - values[1]) / 2e-2
+            assert parameter.grad.view(-1)[place].item() == pytest.approx(slope, rel=0.02, abs=1e-4)
+
+
+def test_atp_saves_and_loads(tmp_path, models):
+    method = Atp(rates=(0.2, 0.1, 0.05)).untrained(vtc.adapter.find(models[0]).shape(), 8)
+    method.save_pretrained(tmp_path / "atp" / "0.25")
+    again = Atp.from_pretrained(tmp_path / "atp" / "0.25")
+    assert again == method
+    state = method.modules.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.modules.state_dict().items())
+    models[0].config._name_or_path = str(tmp_path)
+    try:
+        for budget in (0.25, 9):
+            found = vtc.wrap(models[0], "atp", budget).vtc.method
+            assert torch.equal(found.modules[0].mix.weight, method.modules[0].mix.weight)
+        with pytest.raises(ValueError, match=r"0\.25, not for 0\.5.*vtc train atp"):
+            vtc.wrap(models[0], "atp", 0.5)
+    finally:
+        vtc.unwrap(models[0])
+        models[0].config._name_or_path = ""
 
 
 def test_random_depends_on_the_seed_alone(models):

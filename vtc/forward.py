@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtc import compact, merge
 from vtc.observe import Need, Record, Seen, attention_rows, split_heads
+from vtc.select import Selection
 from vtc.trace import Clock, StageTrace, Trace
 
 if TYPE_CHECKING:
@@ -134,6 +135,12 @@ class Forward:
     started: object = None
     sources: list[tuple[int, Tensor]] = field(default_factory=list)
     """(layer, (batch, original length)): from this layer on, which position answers for each original one."""
+    changes: int = 0
+    """How many stages have changed something so far."""
+    gate: Tensor | None = None
+    """(images, tokens): the product of the soft gates so far, in training."""
+    bias: Tensor | None = None
+    """(batch, length): what those gates add to the logits of each key."""
     rotary: tuple[Tensor, Tensor] | None = None
     replaced: dict[str, Any] = field(default_factory=dict)
     """The keyword arguments that the current span of layers gets instead of the text model's own."""
@@ -207,7 +214,7 @@ class Forward:
             compression.publish(self.state.trace)
         if sizes and not self.busy:
             for number in range(len(compression.stages)):
-                self._note(number, self.tokens.valid, None)
+                self._note(number, Selection(self.tokens.valid))
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -217,23 +224,40 @@ class Forward:
             self.rotary = kwargs["position_embeddings"]
         if self.tokens is not None:
             self._observe_layer(layer, hidden)
-        dropped = len(self.sources)
+        changes = self.changes
         for number, stage in enumerate(self.compression.stages):
             if stage.layer == layer and layer:
                 hidden, _ = self.run_stage(number, hidden, None)
         past_starts = any(span.start == layer for span in self.state.spans)
-        if layer and (len(self.sources) > dropped or past_starts):
+        if layer and (self.changes > changes or past_starts):
             self._begin_span(layer)
-            mask = create_causal_mask(
-                config=self.compression.adapter.decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=self._visible(layer),
-                past_key_values=self.cache,
-                layer_idx=layer,
-            )
             # without position_ids no kernel can mistake their gaps for packed sequences
-            self.replaced = {"attention_mask": mask, "position_embeddings": self.rotary, "position_ids": None}
+            self.replaced = {
+                "attention_mask": self._attention_mask(layer, hidden),
+                "position_embeddings": self.rotary,
+                "position_ids": None,
+            }
         return hidden, {**kwargs, **self.replaced}
+
+    def _attention_mask(self, layer: int, hidden: Tensor) -> Any:
+        """The mask for the attention kernel of the layers from `layer` on, as transformers makes it; gates on top."""
+        mask = create_causal_mask(
+            config=self.compression.adapter.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=self._visible(layer),
+            past_key_values=self.cache,
+            layer_idx=layer,
+            allow_is_causal_skip=self.bias is None,
+        )
+        if self.bias is None:
+            return mask
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise ValueError("soft gates need an attention kernel with a 4-D mask: train with sdpa or eager attention")
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        others = 1 - torch.eye(self.length, device=self.device)  # a token always sees itself
+        bias = (self.bias[:, None] * others).to(hidden.dtype)
+        return mask + torch.nn.functional.pad(bias, (mask.shape[-1] - self.length, 0))[:, None]
 
     def run_stage(self, number: int, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Score, select, compact: hidden (batch, length, width) and positions (..., batch, length) of what is left."""
@@ -241,18 +265,24 @@ class Forward:
         if tokens is None:
             return hidden, positions
         if counts == tokens.counts:
-            self._note(number, tokens.valid, None)
+            self._note(number, Selection(tokens.valid))
             return hidden, positions
         stage = self.compression.stages[number]
         with self.state.trace.clock.span("score", hidden.device):
             grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
-            seen = Seen({need: self.rows[need] for need in stage.needs}, tokens.valid, grids)
+            seen = Seen({need: self.rows[need] for need in stage.needs}, self.alive, tokens.index, grids)
             scores = stage.score(seen)
             selection = stage.select(scores, seen, torch.tensor(counts, device=hidden.device))
+            self._note(number, selection, scores)
+            self.changes += 1
+            if selection.gate is not None:
+                self._soften(selection.gate)
+                return hidden, positions
+            if self.compression.method.adaptive:
+                counts = selection.keep.sum(1).tolist()
             if (into := selection.into) is not None:
                 absorb = functools.partial(merge.absorb, into=into, weights=scores)
                 hidden = compact.change(hidden, tokens.row, tokens.position, tokens.valid, absorb)
-            self._note(number, selection.keep, scores, into)
             plan = self._compact(selection.keep, counts)
             hidden = compact.gather(hidden, plan.index)
             positions = None if positions is None else compact.gather(positions, plan.index, dim=-1)
@@ -287,10 +317,26 @@ class Forward:
         self.mask, self.length = plan.mask, plan.index.shape[1]
         return plan
 
-    def _note(self, number: int, kept: Tensor, scores: Tensor | None, into: Tensor | None = None) -> None:
-        stage, tokens = self.compression.stages[number], self.tokens
+    def _soften(self, gate: Tensor) -> None:
+        """Bias the visual tokens as keys by log(gate), on top of what earlier stages left of them."""
+        tokens = self.tokens
+        row = tokens.row[:, None].expand_as(tokens.position)[tokens.valid]
+        bias = torch.zeros(self.batch, self.length, device=self.device) if self.bias is None else self.bias
+        logs = (gate + 1e-6).log()[tokens.valid]
+        self.gate = gate if self.gate is None else self.gate * gate
+        self.bias = bias.index_put((row, tokens.position[tokens.valid]), logs, accumulate=True)
+
+    def _note(self, number: int, selection: Selection, scores: Tensor | None = None) -> None:
+        layer, tokens = self.compression.stages[number].layer, self.tokens
         scores = None if scores is None else scores.detach()
-        self.state.trace.stages.append(StageTrace(stage.layer, tokens.index, tokens.valid, kept, scores, into))
+        self.state.trace.stages.append(
+            StageTrace(layer, tokens.index, tokens.valid, selection.keep, scores, selection.into, selection.gate)
+        )
+
+    @property
+    def alive(self) -> Tensor:
+        """(images, tokens) bool: the tokens that are left; under soft gates those that a hard drop would have left."""
+        return self.tokens.valid if self.gate is None else self.tokens.valid & (self.gate > 0.5)
 
     # -- observation ----------------------------------------------------------------------------------------------
 
@@ -352,7 +398,8 @@ class Forward:
         if (real := self._visible(layer)) is not None:
             # padding sees itself, so that the rows of queries that only fill up are no NaN
             visible = visible & real[:, None] | (places == positions[..., None])
-        return attention_rows(query, key, attention.scale, visible)[..., past.length :]
+        bias = 0.0 if self.bias is None else torch.nn.functional.pad(self.bias, (past.length, 0))[:, None, None]
+        return attention_rows(query, key, attention.scale, visible, bias)[..., past.length :]
 
     # -- spans and exit -------------------------------------------------------------------------------------------
 

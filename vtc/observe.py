@@ -165,26 +165,61 @@ class LastTokenRow(Need):
 
 @dataclass(frozen=True)
 class TextRow(Need):
-    """Attention that the text after an image will pay it in decoder layer `layer`, which has not run yet.
+    """Attention that the text after an image pays it in decoder layer `layer`: (images, 1, tokens).
 
-    (images, 1, tokens): the mean over heads and over the image's later text tokens up to the prompt's end.
+    The mean over heads and over the image's later text tokens up to the prompt's end.
     """
+
+    ahead: bool = True
+    """Whether the row is that of a layer that has not run yet, on the states that are about to enter it."""
 
     @property
     def before(self) -> int:
-        return self.layer
+        return self.layer if self.ahead else self.layer + 1
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return {}
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+        return {} if self.ahead else {"query": attention.query, "key": attention.key}
 
     def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        adapter = forward.compression.adapter
-        layer = adapter.layers[self.layer]
-        attention, hidden = adapter.decoder_attention(layer), layer.input_layernorm(record["hidden"])
         positions, asks = forward.text_after_images()
-        rows = forward.rows_of(self.layer, attention.query(gather(hidden, positions)), attention.key(hidden), positions)
+        if self.ahead:
+            layer = forward.compression.adapter.layers[self.layer]
+            attention = forward.compression.adapter.decoder_attention(layer)
+            hidden = layer.input_layernorm(record["hidden"])
+            query, key = attention.query(gather(hidden, positions)), attention.key(hidden)
+        else:
+            query, key = gather(record["query"], positions), record["key"]
+        rows = forward.rows_of(self.layer, query, key, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("iqn,iq->in", forward.columns(rows.mean(1)), weights)[:, None]
+
+
+@dataclass(frozen=True)
+class SelfLogits(Need):
+    """Mean pre-softmax logit that each visual token receives from its image's tokens in decoder layer `layer`.
+
+    (images, 1, tokens), heads averaged. Logits are linear in the query, so the mean query stands for all of them.
+    """
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
+        adapter, valid = forward.compression.adapter, forward.alive
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+
+        def visual(x: Tensor, heads: int) -> Tensor:
+            rotated = adapter.rotate(split_heads(x, heads), *forward.rotary).float()
+            return rearrange(
+                forward.columns(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=heads
+            )
+
+        query, key = visual(record["query"], attention.heads), visual(record["key"], attention.key_heads)
+        mean = (query * valid[:, None, :, None]).sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
+        mean = rearrange(mean, "i (g r) d -> i g r d", g=attention.key_heads).mean(2)
+        return (torch.einsum("igd,ignd->in", mean, key) / attention.key_heads * attention.scale)[:, None]
 
 
 @dataclass(frozen=True)
@@ -205,7 +240,7 @@ class TokenTransition(Need):
         }
 
     def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        valid = forward.tokens.valid
+        valid = forward.alive
         change = 0
         for module in ("attention", "feed-forward"):
             ratio, cosine = scores.change(record[f"{module} in"], record[f"{module} out"])
@@ -239,6 +274,8 @@ class Seen:
     rows: dict[Need, Tensor]
     valid: Tensor
     """(images, tokens) bool, False where an image has fewer tokens than the widest one."""
+    index: Tensor
+    """(images, tokens) int64: which patch of its image each token is, in raster order."""
     grids: list[tuple[int, int]]
     """(height, width) of each image's patch grid, before any token left."""
 
@@ -247,7 +284,9 @@ class Seen:
         return self.rows[need]
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None, bias: Tensor | float = 0.0
+) -> Tensor:
     """softmax(q k^T * scale) of a few queries, in float32.
 
     Args:
@@ -255,6 +294,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, visible: Tensor | N
         key: (batch, key_heads, length, head_dim), after the rotary embedding; heads are grouped over key heads.
         scale: factor on the logits, usually head_dim ** -0.5.
         visible: (batch, queries or 1, length) bool, False where a query must not look.
+        bias: (batch, 1, 1, length), added to the logits of each key.
 
     Returns:
         (batch, heads, queries, length) float32.
@@ -262,7 +302,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, visible: Tensor | N
     queries = query.shape[2]
     query = rearrange(query.float(), "b (g r) q d -> b g (r q) d", g=key.shape[1])
     logits = query @ key.float().transpose(-1, -2) * scale
-    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries)
+    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries) + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], -torch.inf)
     return logits.softmax(-1)

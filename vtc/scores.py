@@ -31,6 +31,18 @@ def token_transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
     return direction * ratio
 
 
+def mean(scores: Tensor, valid: Tensor) -> Tensor:
+    """The mean over each image's tokens: (images,)."""
+    return scores.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def unit(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores (images, tokens) scaled to [0, 1] over each image's tokens; 0 where all are equal."""
+    low = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    return ((scores - low) / (high - low).clamp(min=1e-8)).masked_fill(~valid, 0)
+
+
 def share(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores (images, tokens) divided by their sum over the image's tokens."""
     scores = scores.masked_fill(~valid, 0)

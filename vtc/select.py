@@ -24,6 +24,8 @@ class Selection:
     """(images, tokens) bool."""
     into: Tensor | None = None
     """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
+    gate: Tensor | None = None
+    """(images, tokens) in (0, 1), in training: nothing leaves, and log(gate) biases the tokens as keys from here on."""
 
 
 def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:

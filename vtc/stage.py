@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc import select
 from vtc.observe import Need, Seen
@@ -66,6 +66,12 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    adaptive: ClassVar[bool] = False
+    """Whether the method decides by itself how many tokens stay; `keep` then gives the least."""
+
+    def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Method:
+        """The method with its trained parts for this model; `tokens` is those of an image, where that is fixed."""
+        return self
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         """The stages for a model of this shape, by ascending layer."""

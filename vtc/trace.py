@@ -27,6 +27,8 @@ class StageTrace:
     """(images, tokens) float32; None where the stage had nothing to drop."""
     into: Tensor | None = None
     """(images, tokens): the entry that took each one in, -1 where it was dropped; None where nothing was merged."""
+    gate: Tensor | None = None
+    """(images, tokens): in training the soft gate of each token, with its gradient."""
 
 
 @dataclass

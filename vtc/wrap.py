@@ -84,17 +84,17 @@ class Compression:
     def __init__(self, model: nn.Module, method: Method, budget: Budget | None):
         check_budget(budget)
         self.adapter = adapters.find(model)
-        self.method, self.budget = method, budget
-        self.shape = self.adapter.shape()
-        self.stages = method.stages(self.shape)
+        self.shape, tokens = self.adapter.shape(), self.adapter.tokens_per_image()
+        self.method, self.budget = method.bind(model, budget, tokens), budget
+        self.stages = self.method.stages(self.shape)
         self._handles: list[Any] = []
         self._last = threading.local()
         self._latest = Trace()
         self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
         for need in self.needs:
             need.modules(self.adapter)  # raises where the model has no such thing
-        if (tokens := self.adapter.tokens_per_image()) is not None:
-            self.keep(tokens)
+        if tokens is not None:
+            self.keep(tokens)  # raises where the budget is out of reach
 
     @property
     def trace(self) -> Trace:

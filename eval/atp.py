@@ -1,0 +1,152 @@
+"""`vtc train atp`: the trained modules of ATP-LLaVA, for one model and one budget.
+
+The model is frozen; only the thresholds learn, through soft gates, from the next-token loss and a target budget
+(ATP-LLaVA, Eq. 12-14):
+
+    loss = next token + lambda_atp * sum_l (tokens_l / all) * (l / depth) + lambda_target * |average / all - budget|
+
+Tokens are counted as vtc counts budgets, averaged over the decoder layers, where the paper's re-implementations average
+over the modules; both terms are fractions of the image's tokens, so that the weights mean the same for any resolution.
+The gates get steeper while the training runs, so that soft and hard agree in the end.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+import vtc
+from vtc.eval import scenes
+from vtc.eval.reader import Reader, load, model_path
+from vtc.methods.atp import Atp
+from vtc.trace import Trace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the modules of one budget are trained. `budget` is a fraction of the image's tokens."""
+
+    model: str = "reference"
+    budget: float = 0.25
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    lambda_atp: float = 0.01
+    lambda_target: float = 4.0
+    sharpest: float = 60.0
+    """The slope of the gates in the last step; it rises from the method's own."""
+    seed: int = 0
+
+
+def train(recipe: Recipe, out: Path | None = None) -> Atp:
+    """Train, save into `out` (default: beside the checkpoint, where `vtc.wrap` looks) and return the method.
+
+    Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
+    """
+    path = model_path(recipe.model)
+    out = out or Path(path) / "atp" / f"{recipe.budget:g}"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    reader = load(path, str(accelerator.device))
+    reader.model.requires_grad_(False)
+    torch.manual_seed(recipe.seed)
+    adapter = vtc.adapter.find(reader.model)
+    method = Atp().untrained(adapter.shape(), adapter.decoder.config.hidden_size)
+    modules, optimizer = accelerator.prepare(
+        method.modules, torch.optim.AdamW(method.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    )
+    done = _resume(out, recipe, modules, optimizer)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"atp at {recipe.budget:g}", total=recipe.steps, completed=done)
+        for step in range(done, recipe.steps):
+            sharpness = method.sharpness * (recipe.sharpest / method.sharpness) ** (step / max(1, recipe.steps - 1))
+            soft = replace(method, sharpness=sharpness, modules=modules.train())
+            loss, average = _loss(reader, soft, recipe, step)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            progress.update(task, advance=1, description=f"atp at {recipe.budget:g}: average {average:.3f}")
+            if (step + 1) % 50 == 0:
+                _save(out, recipe, modules, optimizer, step + 1)
+    trained = replace(method, modules=accelerator.unwrap_model(modules).eval())
+    trained.save_pretrained(out)
+    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (out / "state.pt").unlink(missing_ok=True)
+    return trained
+
+
+def _loss(reader: Reader, method: Atp, recipe: Recipe, step: int) -> tuple[Tensor, float]:
+    inputs = _batch(reader, recipe, step)
+    with vtc.compressed(reader.model, method) as trace:
+        answer = reader.model(**inputs).loss
+        average, late = soft_tokens(trace)
+    excess = (average - recipe.budget).abs()
+    return answer + recipe.lambda_atp * late + recipe.lambda_target * excess, average.item()
+
+
+def soft_tokens(trace: Trace) -> tuple[Tensor, Tensor]:
+    """From the gates of a forward: the tokens averaged over the layers, and summed over the modules weighted by depth.
+
+    Both are fractions of an image's tokens, means over images, with their gradient.
+    """
+    sizes = torch.tensor(trace.sizes, dtype=torch.float)
+    starts = [*(stage.layer for stage in trace.stages), trace.depth]
+    gates = torch.stack([stage.gate * stage.valid for stage in trace.stages]).cumprod(0)
+    shares = gates.sum(2) / sizes.to(gates)
+    spans = torch.tensor([end - start for start, end in pairwise(starts)]).to(shares)
+    average = (starts[0] + (shares * spans[:, None]).sum(0)) / trace.depth
+    late = (shares * torch.tensor(starts[:-1]).to(shares)[:, None] / trace.depth).sum(0)
+    return average.mean(), late.mean()
+
+
+def _batch(reader: Reader, recipe: Recipe, step: int) -> dict[str, Tensor]:
+    """Questions of the training split with their answers; only answers are labelled."""
+    first = step * recipe.batch_size
+    examples = [scenes.example("train", recipe.seed, first + n) for n in range(recipe.batch_size)]
+    prompts = reader.inputs([e.image for e in examples], [e.question for e in examples])
+    tokenizer = reader.processor.tokenizer
+    answers = tokenizer(
+        [f" {e.answer}{tokenizer.eos_token}" for e in examples],
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,
+    ).to(reader.device)
+    mask = answers["attention_mask"]
+    labels = answers["input_ids"].masked_fill(mask == 0, -100)
+    return {
+        **prompts,
+        "input_ids": torch.cat((prompts["input_ids"], answers["input_ids"]), dim=1),
+        "attention_mask": torch.cat((prompts["attention_mask"], mask), dim=1),
+        "labels": torch.cat((torch.full_like(prompts["input_ids"], -100), labels), dim=1),
+    }
+
+
+def _save(out: Path, recipe: Recipe, modules, optimizer, step: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    state = {
+        "recipe": asdict(recipe),
+        "step": step,
+        "modules": modules.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, out / "state.part")
+    (out / "state.part").replace(out / "state.pt")
+
+
+def _resume(out: Path, recipe: Recipe, modules, optimizer) -> int:
+    if not (out / "state.pt").exists():
+        return 0
+    state = torch.load(out / "state.pt", weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(f"{out}/state.pt belongs to another recipe: choose another --out, or delete it")
+    modules.load_state_dict(state["modules"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
