@@ -86,7 +86,7 @@ def _loss(reader: Reader, method: Atp, recipe: Recipe, step: int) -> tuple[Tenso
     inputs = _batch(reader, recipe, step)
     with vtc.compressed(reader.model, method) as trace:
         answer = reader.model(**inputs).loss
-        average, late = soft_tokens(trace)
+        average, late = soft_tokens(trace.record)
     excess = (average - recipe.budget).abs()
     return answer + recipe.lambda_atp * late + recipe.lambda_target * excess, average.item()
 

@@ -426,6 +426,21 @@ def test_published_budgets():
         assert FastV().keep(576, published, shape) == kept
 
 
+def test_a_schedule_never_rises():
+    odd = TransPrune(keep_ratios=(0.3, 0.9, 0.2))
+    assert odd.keep(100, None, Shape(32, 23)) == (30, 30, 20)
+
+
+def test_tuned_methods_survive_json(tmp_path):
+    for method in (VFlowOpt.tuned({"retain.1": 0.5, "alpha": 0.1}), VtcCls.tuned({"layers": 2}), FastV(layer=3)):
+        method.to_json(tmp_path / "method.json")
+        assert vtc.Method.from_json(tmp_path / "method.json") == method
+    assert VFlowOpt.tuned({"retain.1": 0.5}).retain == (0.265, 0.5, 0.877)
+    (tmp_path / "method.json").write_text('{"method": "magic"}')
+    with pytest.raises(ValueError, match="'magic'; vtc knows"):
+        vtc.Method.from_json(tmp_path / "method.json")
+
+
 def test_cls_needs_a_cls_token(models):
     config = models[0].config
     config.vision_feature_select_strategy = "full"

@@ -6,10 +6,13 @@ never dropped, at least one token stays, keep lists are sorted, one compaction r
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -68,6 +71,36 @@ class Method:
     paper: ClassVar[str]
     adaptive: ClassVar[bool] = False
     """Whether the method decides by itself how many tokens stay; `keep` then gives the least."""
+    space: ClassVar[dict[str, tuple[float, float]]] = {}
+    """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
+
+    @classmethod
+    def tuned(cls, values: dict[str, float]) -> Method:
+        """The method with values for names of `space`, the defaults for all else."""
+        method = cls()
+        for name, value in values.items():
+            field_name, _, index = name.partition(".")
+            if index:
+                entries = list(getattr(method, field_name))
+                entries[int(index)] = value
+                value = tuple(entries)
+            method = replace(method, **{field_name: value})
+        return method
+
+    def to_json(self, path: str | Path) -> None:
+        """Write name and hyper-parameters to a JSON file, for `from_json`."""
+        Path(path).write_text(json.dumps({"method": self.name, **asdict(self)}, indent=2) + "\n")
+
+    @staticmethod
+    def from_json(path: str | Path) -> Method:
+        """The method that `to_json` or `vtc tune` wrote. Raises ValueError for a method that vtc does not know."""
+        from vtc.methods import methods
+
+        settings = json.loads(Path(path).read_text())
+        name = settings.pop("method", None)
+        if name not in methods():
+            raise ValueError(f"{path} is of method {name!r}; vtc knows {', '.join(methods())}")
+        return methods()[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
 
     def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Method:
         """The method with its trained parts for this model; `tokens` is those of an image, where that is fixed."""
@@ -114,7 +147,7 @@ def check_budget(budget: Budget | None) -> None:
 def average_tokens(tokens: int, kept: tuple[int, ...], layers: tuple[int, ...], depth: int) -> float:
     """Visual tokens of one image averaged over `depth` decoder layers, when `kept[s]` are left from `layers[s]` on."""
     counts, starts = (tokens, *kept), (0, *layers, depth)
-    return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / depth
+    return sum(n * (end - start) for n, (start, end) in zip(counts, pairwise(starts), strict=True)) / depth
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: a budget of 1 token is not a budget of 1.0
@@ -123,7 +156,8 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     depth = shape.decoder_layers
 
     def counts(ratios: tuple[float, ...]) -> tuple[int, ...]:
-        return tuple(min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
+        whole = (min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
+        return tuple(accumulate(whole, min))  # what has left does not come back
 
     if budget is None:
         ratios = method.ratios()

@@ -203,5 +203,10 @@ class LiveTrace:
     def __init__(self, compression: Compression):
         self._compression = compression
 
+    @property
+    def record(self) -> Trace:
+        """The trace as it is now: it does not change with the next forward."""
+        return self._compression.trace
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._compression.trace, name)
+        return getattr(self.record, name)

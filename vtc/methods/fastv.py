@@ -26,6 +26,7 @@ class FastV(Method):
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
+    space: ClassVar[dict[str, tuple[float, float]]] = {"layer": (1, 8)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         layer = shape.scaled(2, of=32)[0] if self.layer is None else self.layer

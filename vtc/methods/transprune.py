@@ -36,6 +36,11 @@ class TransPrune(Method):
 
     name: ClassVar[str] = "transprune"
     paper: ClassVar[str] = "TransPrune, arXiv 2507.20630"
+    space: ClassVar[dict[str, tuple[float, float]]] = {
+        "keep_ratios.0": (0.3, 0.99),
+        "keep_ratios.1": (0.2, 0.99),
+        "alpha": (0.0, 1.0),
+    }
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         layers = self.layers or shape.scaled(7, 9, 12, of=32)

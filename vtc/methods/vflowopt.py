@@ -43,6 +43,14 @@ class VFlowOpt(Method):
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
+    space: ClassVar[dict[str, tuple[float, float]]] = {
+        "retain.0": (0.05, 0.99),
+        "retain.1": (0.3, 1.0),
+        "retain.2": (0.3, 1.0),
+        "threshold": (0.0, 50.0),
+        "cell": (0.1, 1.0),
+        "alpha": (-1.0, 1.0),
+    }
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         attention = RelevantAttention(shape.tower_layers - 1, self.threshold)

@@ -25,6 +25,7 @@ class VtcCls(Method):
 
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
+    space: ClassVar[dict[str, tuple[float, float]]] = {"layers": (1, 8)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         depth = shape.tower_layers

@@ -1,0 +1,107 @@
+"""Does a method's score map say what the answer hangs on? Score maps against occlusion on one model.
+
+Ground truth is occlusion: hide one visual token from the unwrapped model (its positions untouched) and see how much
+log-probability its own answer loses. A map is good when it ranks tokens as the losses do (Spearman), when the answer
+dies soon as the best tokens are deleted first, and when it comes soon as they are inserted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import vtc
+from vtc.eval.reader import Reader
+
+STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Shares of the tokens that are deleted or inserted."""
+
+
+def faithfulness(reader: Reader, examples: Sequence[Any], methods: Sequence[str | vtc.Method]) -> list[dict[str, Any]]:
+    """One row a method: {"method", "spearman", "deletion", "insertion", "n"}, means over the examples.
+
+    Deletion (lower is better) and insertion (higher is better) are areas under the answer's probability over the share
+    of tokens. Raises ValueError for a method that has no score map.
+    """
+    totals: dict[str, list[tuple[float, float, float]]] = {}
+    for example in track(examples, description="occluding", console=Console(stderr=True)):
+        inputs = reader.inputs([example.image], [example.question])
+        places = (inputs["input_ids"][0] == reader.model.config.image_token_id).nonzero()[:, 0]
+        target = _next_log_probabilities(reader, inputs, torch.ones(1, len(places), dtype=torch.bool), places).argmax()
+        loss = -_answer(reader, inputs, ~torch.eye(len(places), dtype=torch.bool), places, target)
+        for method in methods:
+            scores = _score_map(reader, inputs, method)
+            areas = _areas(reader, inputs, scores, places, target)
+            name = method if isinstance(method, str) else method.name
+            totals.setdefault(name, []).append((spearmanr(scores, loss.cpu()).statistic, *areas))
+    return [
+        {"method": name, **dict(zip(("spearman", "deletion", "insertion"), _means(rows), strict=True)), "n": len(rows)}
+        for name, rows in totals.items()
+    ]
+
+
+def _means(rows: list[tuple[float, float, float]]) -> list[float]:
+    return torch.tensor(rows, dtype=torch.float64).nan_to_num().mean(0).tolist()  # a constant map ranks nothing
+
+
+def _score_map(reader: Reader, inputs: dict[str, Tensor], method: str | vtc.Method) -> Tensor:
+    """The method's scores over all of an image's tokens, at its first stage: (tokens,)."""
+    budget = 0.5 if isinstance(method, str) and vtc.methods()[method]().ratios() is None else None
+    with vtc.compressed(reader.model, method, budget) as trace, torch.inference_mode():
+        reader.model(**inputs)
+    return trace.scores(0)[0]
+
+
+def _areas(
+    reader: Reader, inputs: dict[str, Tensor], scores: Tensor, places: Tensor, target: Tensor
+) -> tuple[float, float]:
+    order = scores.argsort(descending=True)
+    best = torch.zeros(len(STEPS), len(places), dtype=torch.bool)
+    for row, share in enumerate(STEPS):
+        best[row, order[: round(share * len(places))]] = True
+    chances = _answer(reader, inputs, torch.cat((~best, best)), places, target).exp().cpu()
+    steps = torch.tensor(STEPS)
+    deletion, insertion = (torch.trapezoid(part, steps).item() for part in chances.split(len(STEPS)))
+    return deletion, insertion
+
+
+def _answer(reader: Reader, inputs: dict[str, Tensor], visible: Tensor, places: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of the answer's first token, for each row of `visible` (cases, tokens): (cases,)."""
+    return _next_log_probabilities(reader, inputs, visible, places)[:, target]
+
+
+@torch.inference_mode()
+def _next_log_probabilities(reader: Reader, inputs: dict[str, Tensor], visible: Tensor, places: Tensor) -> Tensor:
+    """(cases, vocabulary): what the unwrapped model says next when only the `visible` tokens are not hidden."""
+    ids, cases = inputs["input_ids"], len(visible)
+    mask = torch.ones(cases, ids.shape[1], dtype=torch.long, device=ids.device)
+    mask[:, places] = visible.long().to(ids.device)
+    encoded = reader.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    encoded.pooler_output = list(encoded.pooler_output) * cases
+    logits = reader.model(
+        input_ids=ids.expand(cases, -1),
+        attention_mask=mask,
+        position_ids=torch.arange(ids.shape[1], device=ids.device).expand(cases, -1),
+        mm_encoder_outputs={"image": encoded},
+        logits_to_keep=1,
+    ).logits
+    return logits[:, -1].float().log_softmax(-1)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for the terminal."""
+    result = Table(title="score maps against occlusion", caption="deletion: lower is better; the others: higher")
+    for column in ("method", "spearman", "deletion", "insertion", "n"):
+        result.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        result.add_row(
+            row["method"], *(f"{row[name]:.3f}" for name in ("spearman", "deletion", "insertion")), str(row["n"])
+        )
+    return result

@@ -1,0 +1,108 @@
+"""`vtc tune`: the hyper-parameters of a method for one model and one budget, without labels.
+
+As VFlowOpt does it (arXiv 2508.05211, Alg. 1), for any method that declares a search space: Bayesian optimisation (a
+Gaussian process and expected improvement) of how similar the last prompt token's final hidden state stays when tokens
+leave. The budget is fixed: what is searched decides which tokens leave where, never how many.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vtc
+from vtc.eval.images import open_image
+from vtc.eval.reader import Reader, load, model_path
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched and how long. `images` is a folder, or "scenes" for training scenes with their questions."""
+
+    model: str = "reference"
+    method: str = "vflowopt"
+    budget: int | float = 0.25
+    images: str = "scenes"
+    questions: tuple[str, ...] = ("describe the image.",)
+    samples: int = 30
+    trials: int = 50
+    seed: int = 0
+    batch_size: int = 32
+
+
+def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
+    """Search, write the best method to the JSON file `out`, and return it with its similarity and that of the defaults.
+
+    Similarities are mean cosines in [-1, 1]. Raises ValueError for a method without a search space or a folder without
+    images.
+    """
+    import optuna
+
+    known = vtc.methods()
+    if search.method not in known:
+        raise ValueError(f"unknown method {search.method!r}; the methods are {', '.join(known)}")
+    kind = known[search.method]
+    if not kind.space:
+        raise ValueError(f"{search.method} declares nothing to tune")
+    reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
+    batches = _batches(reader, search)
+    full = [_last_states(reader, batch) for batch in batches]
+
+    def similarity(method: vtc.Method) -> float:
+        with vtc.compressed(reader.model, method, search.budget):
+            pruned = [_last_states(reader, batch) for batch in batches]
+        return torch.cosine_similarity(torch.cat(pruned), torch.cat(full)).mean().item()
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = {
+            name: (trial.suggest_int if isinstance(low, int) else trial.suggest_float)(name, low, high)
+            for name, (low, high) in kind.space.items()
+        }
+        try:
+            return similarity(kind.tuned(chosen))
+        except ValueError as error:  # a combination that the model or the budget does not allow
+            raise optuna.TrialPruned(str(error)) from error
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=search.seed))
+    study.optimize(objective, n_trials=search.trials, show_progress_bar=True)
+    best, defaults = kind.tuned(study.best_params), similarity(kind())
+    best.to_json(out)
+    return best, study.best_value, defaults
+
+
+def _batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
+    images, questions = _scenes(search) if search.images == "scenes" else _folder(search)
+    step = search.batch_size
+    return [reader.inputs(images[n : n + step], questions[n : n + step]) for n in range(0, len(images), step)]
+
+
+def _scenes(search: Search) -> tuple[list, list[str]]:
+    from vtc.eval import scenes
+
+    examples = scenes.load("train", search.samples, search.seed)
+    return [example.image for example in examples], [example.question for example in examples]
+
+
+def _folder(search: Search) -> tuple[list, Sequence[str]]:
+    files = sorted(path for path in Path(search.images).iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {search.images}")
+    random.Random(search.seed).shuffle(files)
+    files = files[: search.samples]
+    return [open_image(path) for path in files], [
+        search.questions[n % len(search.questions)] for n in range(len(files))
+    ]
+
+
+@torch.inference_mode()
+def _last_states(reader: Reader, inputs: dict[str, Tensor]) -> Tensor:
+    """The final hidden state of each prompt's last token: (batch, width) float32."""
+    return reader.model.base_model(**inputs).last_hidden_state[:, -1].float()

@@ -1,0 +1,143 @@
+"""What learns or searches: ATP's modules, the tuning, and the measure of score maps; on a tiny checkpoint."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from eval_fixtures import save_tiny
+from PIL import Image
+
+import vtc
+from vtc.eval import atp, faithfulness, scenes, tune
+from vtc.eval.reader import load
+from vtc.methods.vflowopt import VFlowOpt
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "model"
+    save_tiny(folder)
+    return folder
+
+
+def recipe(checkpoint, **changes):
+    return replace(atp.Recipe(model=str(checkpoint), budget=0.4, steps=60, batch_size=4), **changes)
+
+
+def test_atp_learns_its_budget_and_wrap_finds_it(checkpoint):
+    trained = atp.train(recipe(checkpoint))
+    reader = load(str(checkpoint), "cpu")
+    assert torch.equal(
+        vtc.wrap(reader.model, "atp", 0.4).vtc.method.modules[0].mix.weight, trained.modules[0].mix.weight
+    )
+    examples = scenes.load("test", 32)
+    reader.answers(reader.inputs([e.image for e in examples], [e.question for e in examples]), 1)
+    assert reader.model.vtc.trace.average_tokens.mean().item() / 16 == pytest.approx(0.4, abs=0.08)
+    shutil.rmtree(checkpoint / "atp")
+
+
+def test_atp_training_resumes_as_if_it_had_never_stopped(checkpoint, tmp_path, monkeypatch):
+    whole = atp.train(recipe(checkpoint, steps=52), tmp_path / "whole")
+    calls, loss = [], atp._loss
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 51:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(atp, "_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        atp.train(recipe(checkpoint, steps=52), tmp_path / "torn")
+    with pytest.raises(ValueError, match="another recipe"):
+        atp.train(recipe(checkpoint, steps=53), tmp_path / "torn")
+    again = atp.train(recipe(checkpoint, steps=52), tmp_path / "torn")
+    assert len(calls) == 53  # 50 saved, one torn, two after it
+    for a, b in zip(whole.modules.parameters(), again.modules.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_soft_tokens_count_as_the_trace_does(checkpoint):
+    """Hard gates make the soft count the layer average of the trace."""
+    reader = load(str(checkpoint), "cpu")
+    inputs = atp._batch(reader, recipe(checkpoint), 0)
+    torch.manual_seed(0)
+    method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
+    with torch.no_grad():
+        with vtc.compressed(reader.model, replace(method, sharpness=1e6, modules=method.modules.train())) as soft:
+            reader.model(**inputs)
+        average, _ = atp.soft_tokens(soft.record)
+        with vtc.compressed(reader.model, replace(method, modules=method.modules.eval())) as hard:
+            reader.model(**inputs)
+    assert average.item() == pytest.approx(hard.average_tokens.mean().item() / 16, abs=1e-4)
+
+
+def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, tmp_path):
+    for number in range(5):
+        Image.effect_noise((40, 40), 90 + number).convert("RGB").save(tmp_path / f"{number}.png")
+    search = tune.Search(str(checkpoint), "vflowopt", 0.25, str(tmp_path), ("what color?",), samples=4, trials=12)
+    best, similarity, defaults = tune.tune(search, tmp_path / "best.json")
+    assert similarity >= defaults - 1e-6
+    assert best != VFlowOpt()
+    model = load(str(checkpoint), "cpu").model
+    assert vtc.wrap(model, vtc.Method.from_json(tmp_path / "best.json"), 0.25).vtc.method == best
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"method": "random"}, "nothing to tune"), ({"method": "magic"}, "unknown method"), ({"images": "."}, "no image")],
+)
+def test_tune_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        tune.tune(
+            replace(tune.Search(str(checkpoint), images="scenes", samples=2, trials=1), **changes), tmp_path / "x"
+        )
+
+
+class Occlusion(vtc.Method):
+    """The ground truth itself as a method: its scores are the losses, or their opposite."""
+
+    name = "occlusion"
+
+    def __init__(self, losses, sign):
+        self.losses, self.sign = losses, sign
+
+    def stages(self, shape):
+        return (vtc.Stage(0, lambda seen: self.sign * self.losses[None]),)
+
+
+def test_the_ground_truth_is_perfectly_faithful_and_its_opposite_is_not(checkpoint):
+    reader = load(str(checkpoint), "cpu")
+    example = scenes.load("test", 1)[0]
+    inputs = reader.inputs([example.image], [example.question])
+    places = (inputs["input_ids"][0] == reader.model.config.image_token_id).nonzero()[:, 0]
+    every = torch.ones(1, 16, dtype=torch.bool)
+    answer = faithfulness._next_log_probabilities(reader, inputs, every, places).argmax()
+    losses = -faithfulness._answer(reader, inputs, ~torch.eye(16, dtype=torch.bool), places, answer)
+    rows = []
+    for sign in (1, -1):
+        method = Occlusion(losses, sign)
+        method.ratios = lambda: (0.5,)
+        rows += faithfulness.faithfulness(reader, [example], [method])
+    assert [row["spearman"] for row in rows] == pytest.approx([1, -1])
+    assert rows[0]["deletion"] < rows[1]["deletion"]
+    assert rows[0]["insertion"] > rows[1]["insertion"]
+
+
+def test_hiding_tokens_is_dropping_them(checkpoint):
+    reader = load(str(checkpoint), "cpu")
+    examples = scenes.load("test", 1)
+    inputs = reader.inputs([examples[0].image], [examples[0].question])
+    places = (inputs["input_ids"][0] == reader.model.config.image_token_id).nonzero()[:, 0]
+    every = torch.ones(1, 16, dtype=torch.bool)
+    plain = reader.model(**inputs).logits[:, -1].log_softmax(-1)
+    torch.testing.assert_close(faithfulness._next_log_probabilities(reader, inputs, every, places), plain)
+    vtc.wrap(reader.model, "random", 4)  # hiding the tokens that a method drops is what the method does
+    pruned = reader.model(**inputs).logits[:, -1].log_softmax(-1)
+    keep = torch.zeros(1, 16, dtype=torch.bool)
+    keep[0, reader.model.vtc.trace.kept()[0]] = True
+    vtc.unwrap(reader.model)
+    hidden = faithfulness._next_log_probabilities(reader, inputs, keep, places)
+    torch.testing.assert_close(hidden, pruned, atol=1e-4, rtol=1e-4)
