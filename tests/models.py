@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 IMAGE = 99
 PAD = 0
@@ -11,11 +17,16 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """CLIP's normalisation."""
 
 
-def llava(seed: int = 0, attn: str = "sdpa", layers: int = 6, grid: int = 6) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5 with `grid` x `grid` visual tokens, grouped-query attention, and attention that is far from uniform."""
+def llava(
+    seed: int = 0, attn: str = "sdpa", layers: int = 6, grid: int = 6, cls: bool = True
+) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5 with `grid` x `grid` visual tokens, grouped-query attention, and attention that is far from uniform.
+
+    Without `cls` the tower is a SigLIP, all of whose tokens are patches.
+    """
     torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=(CLIPVisionConfig if cls else SiglipVisionConfig)(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=5,
@@ -23,6 +34,7 @@ def llava(seed: int = 0, attn: str = "sdpa", layers: int = 6, grid: int = 6) -> 
             image_size=8 * grid,
             patch_size=8,
         ),
+        vision_feature_select_strategy="default" if cls else "full",
         text_config=LlamaConfig(
             hidden_size=32,
             intermediate_size=64,

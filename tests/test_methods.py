@@ -441,11 +441,39 @@ def test_tuned_methods_survive_json(tmp_path):
         vtc.Method.from_json(tmp_path / "method.json")
 
 
-def test_cls_needs_a_cls_token(models):
-    config = models[0].config
-    config.vision_feature_select_strategy = "full"
-    try:
-        with pytest.raises(ValueError, match="no CLS token"):
-            vtc.wrap(models[0], "vtc-cls", 0.5)
-    finally:
-        config.vision_feature_select_strategy = "default"
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("how", ["sum", "mean", "max"])
+def test_vtc_cls_without_a_cls_token(seed, how):
+    """SigLIP: the mean attention that a patch receives, per block, then the ensemble."""
+    pair = llava(seed, cls=False), llava(seed, attn="eager", cls=False)
+    inputs = prompt(pair[0], (1, 2), pad="left", seed=seed)
+    trace, (tower, _) = kept_by(pair, VtcCls(layers=2, ensemble=how), 7, inputs)
+    combine = {"sum": sum, "mean": lambda parts: sum(parts) / 2, "max": max}[how]
+    expected = [[], []]
+    for image, row in ((0, 0), (1, 1), (2, 1)):
+        blocks = [tower[layer][image].mean(0).mean(0).tolist() for layer in (2, 3)]
+        score = [combine([block[patch] for block in blocks]) for patch in range(36)]
+        expected[row] += [kept + 36 * (image == 2) for kept in top(score, 7)]
+    assert [kept.tolist() for kept in trace.kept()] == expected
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 2, 0)])
+def test_contiguous_positions_are_a_natively_short_prompt(models, images):
+    """As the official code does: the survivors' features spliced into the text, numbered without gaps."""
+    model, inputs = models[0], prompt(models[0], images, pad="left")
+    options = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    with vtc.compressed(model, VtcCls(positions="contiguous"), 7) as trace:
+        out = model.generate(**inputs, **options)
+    features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+    start = 0
+    for row, count in enumerate(images):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        embeds = model.get_input_embeddings()(ids)
+        visual = (ids == IMAGE).nonzero()[:, 0]
+        embeds[visual] = features[start : start + 36 * count]
+        start += 36 * count
+        stay = (ids != IMAGE).index_fill(0, visual[trace.kept()[row]], True)
+        short = model.generate(inputs_embeds=embeds[stay][None], **options)
+        torch.testing.assert_close(
+            torch.stack(out.logits, 1)[row], torch.stack(short.logits, 1)[0], atol=1e-4, rtol=1e-4
+        )

@@ -88,7 +88,7 @@ class Adapter:
         return side, side
 
     def shape(self) -> Shape:
-        return Shape(decoder_layers=len(self.layers), tower_layers=len(self.tower_blocks()))
+        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls())
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:

@@ -56,6 +56,8 @@ class CacheState:
     seen: int
     spans: list[Span]
     trace: Trace
+    shift: Tensor | None = None
+    """(batch, 1): how far later positions move down, where survivors were renumbered without gaps."""
 
     def span(self, layer: int) -> Span:
         return [span for span in self.spans if span.start <= layer][-1]
@@ -141,6 +143,8 @@ class Forward:
     """(images, tokens): the product of the soft gates so far, in training."""
     bias: Tensor | None = None
     """(batch, length): what those gates add to the logits of each key."""
+    shift: Tensor | None = None
+    """(batch, 1): see `CacheState.shift`."""
     rotary: tuple[Tensor, Tensor] | None = None
     replaced: dict[str, Any] = field(default_factory=dict)
     """The keyword arguments that the current span of layers gets instead of the text model's own."""
@@ -159,6 +163,7 @@ class Forward:
             self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
             self.lengths = self.mask.sum(1).tolist()
         self.state = self._past(attention_mask)
+        self.shift = self.state.shift
         self._plan()
         if self.busy:
             if attention_mask is not None and attention_mask.ndim != 2:
@@ -173,10 +178,12 @@ class Forward:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(self.length, device=self.device)[None] + self.state.seen
+        if self.shift is not None:
+            positions = positions - self.shift
         for number, stage in enumerate(self.compression.stages):
             if stage.layer == 0:
                 embeds, positions = self.run_stage(number, embeds, positions)
-        if not self.sources and self.state.span(0).length == self.state.seen:
+        if not self.sources and self.state.span(0).length == self.state.seen and self.shift is None:
             return kwargs
         mask = self._visible(0)
         if mask is None and self.cache is None:
@@ -283,17 +290,27 @@ class Forward:
             if (into := selection.into) is not None:
                 absorb = functools.partial(merge.absorb, into=into, weights=scores)
                 hidden = compact.change(hidden, tokens.row, tokens.position, tokens.valid, absorb)
-            plan = self._compact(selection.keep, counts)
+            plan, dropped = self._compact(selection.keep, counts)
             hidden = compact.gather(hidden, plan.index)
-            positions = None if positions is None else compact.gather(positions, plan.index, dim=-1)
+            if positions is not None:
+                if stage.contiguous:
+                    before = dropped.long().cumsum(1)
+                    positions, self.shift = (
+                        positions - before,
+                        before[:, -1:] + (0 if self.shift is None else self.shift),
+                    )
+                positions = compact.gather(positions, plan.index, dim=-1)
             if self.rotary is not None:
                 self.rotary = tuple(compact.gather(table, plan.index) for table in self.rotary)
             source = compact.gather(plan.source, self.sources[-1][1]) if self.sources else plan.source
             self.sources.append((stage.layer, source))
         return hidden, positions
 
-    def _compact(self, keep: Tensor, counts: list[int]) -> compact.Plan:
-        """The plan for the whole sequence: text stays, padding goes, visual tokens as `keep` says."""
+    def _compact(self, keep: Tensor, counts: list[int]) -> tuple[compact.Plan, Tensor]:
+        """The plan for the whole sequence: text stays, padding goes, visual tokens as `keep` says.
+
+        Also the visual tokens that leave: (batch, length) bool.
+        """
         tokens = self.tokens
         for row, before, after in zip(self.state.trace.rows, tokens.counts, counts, strict=True):
             self.lengths[row] -= before - after
@@ -302,7 +319,8 @@ class Forward:
             real = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         spare = torch.cat((real, real[:, :1]), dim=1)  # the last column takes the writes of the tokens that stay
         spare[tokens.row[:, None], torch.where(tokens.valid & ~keep, tokens.position, self.length)] = False
-        plan = compact.plan(spare[:, :-1], self.lengths)
+        stays = spare[:, :-1]
+        plan = compact.plan(stays, self.lengths)
         order = (~keep).long().argsort(dim=1, stable=True)[:, : max(counts)]
         self.tokens = Tokens(
             plan.source[tokens.row[:, None], tokens.position.gather(1, order)],
@@ -315,7 +333,7 @@ class Forward:
             need: row.gather(2, order[:, None].expand(-1, row.shape[1], -1)) for need, row in self.rows.items()
         }
         self.mask, self.length = plan.mask, plan.index.shape[1]
-        return plan
+        return plan, real & ~stays
 
     def _soften(self, gate: Tensor) -> None:
         """Bias the visual tokens as keys by log(gate), on top of what earlier stages left of them."""
@@ -423,7 +441,7 @@ class Forward:
                 )
         cache = outputs.past_key_values
         if cache is not None:
-            CacheState(self.state.seen + self.entered, self.spans, self.state.trace).attach(cache)
+            CacheState(self.state.seen + self.entered, self.spans, self.state.trace, self.shift).attach(cache)
         self.state.trace.clock.add("prefill" if self.features else "decode", self.started, self.device)
 
     def _restored(self, layer: int, states: Tensor) -> Tensor:

@@ -80,14 +80,11 @@ class ClsRow(Need):
 
 
 @dataclass(frozen=True)
-class RelevantAttention(Need):
-    """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
+class ReceivedAttention(Need):
+    """Mean attention that each patch receives from all patches in a tower block: (images, 1, tokens), heads averaged.
 
-    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
-    The head-mean matrix is summed up in blocks of queries, never stored.
+    The matrix is summed up in blocks of queries, never stored.
     """
-
-    threshold: float
 
     tower: ClassVar[bool] = True
 
@@ -96,28 +93,40 @@ class RelevantAttention(Need):
         return {"query": attention.query, "key": attention.key}
 
     def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        return self.paid(record, adapter)[:, None]
+
+    def paid(self, record: dict[str, Tensor], adapter: Adapter, payers: Tensor | None = None) -> Tensor:
+        """Mean attention paid to each patch by the `payers` (images, patches) bool, or by all: (images, patches)."""
         attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
-        patches = int(adapter.has_cls())
-        query = split_heads(record["query"], attention.heads)[:, :, patches:]
+        first = int(adapter.has_cls())
+        query = split_heads(record["query"], attention.heads)[:, :, first:]
         key = split_heads(record["key"], attention.key_heads)
-
-        def paid(weights: Tensor) -> Tensor:
-            """The head-mean attention paid to each patch, summed over queries with (images, queries) weights."""
-            blocks = zip(query.split(QUERY_BLOCK, dim=2), weights.split(QUERY_BLOCK, dim=1), strict=True)
-            rows = (
-                torch.einsum("ihqn,iq->in", attention_rows(part, key, attention.scale), weight)
-                for part, weight in blocks
-            )
-            return (sum(rows) / attention.heads)[:, patches:]
-
-        received = paid(torch.ones_like(query[:, 0, :, 0], dtype=torch.float32))
-        important = (received > self.threshold * received.mean(1, keepdim=True)).float()
-        important = torch.where(important.any(1, keepdim=True), important, 1.0)
-        return paid(important / important.sum(1, keepdim=True))[:, None]
+        weights = torch.ones_like(query[:, 0, :, 0], dtype=torch.float32) if payers is None else payers.float()
+        blocks = zip(query.split(QUERY_BLOCK, dim=2), weights.split(QUERY_BLOCK, dim=1), strict=True)
+        total = sum(
+            torch.einsum("ihqn,iq->in", attention_rows(part, key, attention.scale), weight) for part, weight in blocks
+        )
+        return total[:, first:] / (attention.heads * weights.sum(1, keepdim=True))
 
 
 QUERY_BLOCK = 64
 """Queries whose attention rows are held at once."""
+
+
+@dataclass(frozen=True)
+class RelevantAttention(ReceivedAttention):
+    """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
+
+    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
+    """
+
+    threshold: float
+
+    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        received = self.paid(record, adapter)
+        important = received > self.threshold * received.mean(1, keepdim=True)
+        important = important | ~important.any(1, keepdim=True)
+        return self.paid(record, adapter, important)[:, None]
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from einops import reduce
 from torch import Tensor
 
 
-def attention_sum(rows: Iterable[Tensor]) -> Tensor:
-    """Head-mean of attention rows (images, heads, tokens), summed over the rows."""
-    return sum(reduce(row, "image head token -> image token", "mean") for row in rows)
+def head_mean(row: Tensor) -> Tensor:
+    """The mean over heads of an attention row: (images, heads, tokens) -> (images, tokens)."""
+    return reduce(row, "image head token -> image token", "mean")
+
+
+def ensemble(scores: list[Tensor], how: str) -> Tensor:
+    """The "sum", "mean" or "max" over several layers' scores, each (images, tokens)."""
+    return reduce(scores, "layer image token -> image token", how)
 
 
 def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

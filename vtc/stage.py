@@ -39,6 +39,8 @@ class Shape:
     decoder_layers: int
     tower_layers: int
     """Blocks of the vision tower up to and including the one whose output the projector reads."""
+    cls: bool = True
+    """Whether the vision tower has a CLS token beside the patches."""
 
     def scaled(self, *layers: int, of: int) -> tuple[int, ...]:
         """A paper's decoder layers of `of`, at the same relative depths here: never before layer 1, no two the same."""
@@ -62,6 +64,8 @@ class Stage:
     score: Callable[[Seen], Tensor]
     needs: tuple[Need, ...] = ()
     select: Callable[[Tensor, Seen, Tensor], select.Selection] = field(default=select.top_k)
+    contiguous: bool = False
+    """Whether survivors are renumbered without gaps, at the encoder site only; some papers do it, and lose grounding."""
 
 
 class Method:

@@ -35,7 +35,7 @@ class FastV(Method):
                 f"layer={layer} must lie in 1 to {shape.decoder_layers - 1}: its score is seen in the one before"
             )
         need = LastTokenRow(layer - 1)
-        return (Stage(layer, lambda seen: scores.attention_sum([seen[need]]), (need,)),)
+        return (Stage(layer, lambda seen: scores.head_mean(seen[need]), (need,)),)
 
     def ratios(self) -> tuple[float, ...]:
         return (1 - self.ratio,)

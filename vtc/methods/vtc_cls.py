@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from vtc import scores
-from vtc.observe import ClsRow
+from vtc.observe import ClsRow, ReceivedAttention, Seen
 from vtc.stage import Method, Shape, Stage
 
 
@@ -17,11 +19,15 @@ class VtcCls(Method):
     "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (arXiv 2412.05819), released code: the
     head-mean of the post-softmax CLS row, not re-normalised over patches, summed over the last `layers` blocks that the
     projector can see (LLaVA reads hidden_states[-2], so the tower's last block takes no part); top-k, raster order.
-    Unlike the released code, survivors keep their original positions.
+    A tower without a CLS token scores by the mean attention that a patch receives.
     """
 
     layers: int | None = None
     """Blocks of the ensemble, counted back from the one that the projector reads. None: the paper's 3 of 24, scaled."""
+    ensemble: Literal["sum", "mean", "max"] = "sum"
+    """How the blocks' scores are combined. The released code sums, which ranks as the mean does."""
+    positions: Literal["original", "contiguous"] = "original"
+    """The released code renumbers the survivors without gaps: "contiguous"."""
 
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
@@ -32,5 +38,10 @@ class VtcCls(Method):
         layers = self.layers or max(1, round(3 * (depth + 1) / 24))
         if layers > depth:
             raise ValueError(f"layers={layers}, but the projector sees only {depth} blocks of this vision tower")
-        needs = tuple(ClsRow(layer) for layer in range(depth - layers, depth))
-        return (Stage(0, lambda seen: scores.attention_sum(seen[need] for need in needs), needs),)
+        row = ClsRow if shape.cls else ReceivedAttention
+        needs = tuple(row(layer) for layer in range(depth - layers, depth))
+
+        def score(seen: Seen) -> Tensor:
+            return scores.ensemble([scores.head_mean(seen[need]) for need in needs], self.ensemble)
+
+        return (Stage(0, score, needs, contiguous=self.positions == "contiguous"),)
