@@ -43,11 +43,15 @@ def ask(reader: Reader, image: Image.Image, question: str, method: str | None, b
         return Answer(text, total, float(trace.average_tokens[0]), trace.kept()[0], seconds)
 
 
+def check_overlay_path(path: Path) -> None:
+    """Refuse, before any work is done, a path that no picture can be written to."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: name an image file, for example overlay.png")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+
+
 def save_overlay(reader: Reader, image: Image.Image, answer: Answer, path: Path) -> None:
     """Write `image` with the patches dark that the last decoder layer did not have."""
     box = seen_box(image.size, reader.processor.image_processor)
-    picture = overlay(image, answer.kept, answer.total, box)
-    try:
-        picture.save(path)
-    except ValueError:
-        raise ValueError(f"{path}: name an image file, for example overlay.png") from None
+    overlay(image, answer.kept, answer.total, box).save(path)

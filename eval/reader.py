@@ -86,8 +86,8 @@ def load(path: str, device: str, max_new_tokens: int = 8) -> Reader:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval()
+    processor = AutoProcessor.from_pretrained(path)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # answers are generated: every row has to end with its last prompt token
     if tokenizer.pad_token_id is None:

@@ -182,7 +182,8 @@ def _answer(
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)
         return reader.answers(small, max_new_tokens), [tokens] * len(small["input_ids"])
-    with vtc.compressed(reader.model, BLIND if arm.method == "blind" else arm.method, arm.spend) as trace:
+    method = BLIND if arm.method == "blind" else resolve(arm.method)
+    with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
         return predictions, trace.average_tokens.tolist()
 
@@ -217,10 +218,15 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
         ) from error
 
 
+def resolve(method: str) -> str | vtc.Method:
+    """A name as it stands; a path to a JSON file, as `vtc tune` writes it, as the method that it describes."""
+    return vtc.Method.from_json(method) if method.endswith(".json") else method
+
+
 def _check(settings: Settings) -> None:
     known = [*vtc.methods(), SMALLER]
     for method in settings.methods:
-        if method not in known and method not in report.ALWAYS:
+        if method not in known and method not in report.ALWAYS and not isinstance(resolve(method), vtc.Method):
             raise ValueError(f"unknown method {method!r}; the methods are {', '.join(known)}")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:

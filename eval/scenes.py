@@ -42,6 +42,8 @@ CAPTION = "list the things."
 CELLS = 12
 """A scene is laid out on CELLS x CELLS cells; at 96 pixels a cell is the model's 8-pixel patch."""
 _FOOTPRINT = {"shape": (2, 2), "digit": (2, 2), "word": (3, 2), "dot": (1, 1)}
+_ASKED = {task: 1 for task in TASKS} | {"color": 2, "shape": 2, "exist": 4, "position": 3, "relation": 3}
+"""How often training asks each task about a scene: more often where there is more to ask and more to learn."""
 _CLEAR = 0.09
 """How far, as a part of the width, a thing's centre must be off the middle to be asked about, and half of how far
 two must be apart: nobody has to guess."""
@@ -133,10 +135,10 @@ def example(split: Split, seed: int, index: int, size: int = 96) -> Example:
 
 
 def training_scene(split: Split, seed: int, index: int, size: int = 96) -> tuple[Scene, list[tuple[str, str, str]]]:
-    """A scene with every kind of question that it allows, twice: (task, question, answer), without repeats."""
+    """A scene with many of the questions that it allows: (task, question, answer), without repeats."""
     random = Random(f"scenes/{split}/many/{seed}/{index}")
     scene = draw(split, random, size)
-    asked = [(task, *qa) for task in TASKS * 2 if (qa := ask(scene, task, random))]
+    asked = [(task, *qa) for task, times in _ASKED.items() for _ in range(times) if (qa := ask(scene, task, random))]
     return scene, list(dict.fromkeys(asked))
 
 

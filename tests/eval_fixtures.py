@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", *"user assistant what how many color is the a of there".split())
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    *["user", "assistant", "what", "how", "many", "color", "is", "the", "a", "of", "there"],
+)
 ANSWERS = ("red", "green", "blue", "yes", "no", *map(str, range(10)))
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
@@ -29,8 +36,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def save_tiny(folder: Path) -> None:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
 
     tokenizer = _tokenizer()
     processor = LlavaProcessor(

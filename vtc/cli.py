@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
     by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task.")] = False,
+    faithfulness: Annotated[
+        bool,
+        typer.Option(
+            "--faithfulness", help="Compare score maps with occlusion instead, on --limit questions (try 50)."
+        ),
+    ] = False,
 ) -> None:
     """Measure accuracy against token budget on the scenes benchmark.
 
@@ -97,12 +104,109 @@ def evaluate(
     from vtc.eval import report, run
 
     console = Console()
+    if faithfulness:
+        _faithfulness(model, chosen, limit, seed, device, out, console)
+        return
     settings = run.Settings(model, chosen, spend, limit, seed, batch_size, max_new_tokens, suffix, device)
     rows = run.evaluate(settings, out, restart=restart, console=console)
     console.print(report.table(rows))
     if by_task:
         console.print(report.task_table(rows))
     console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+
+
+def _faithfulness(
+    model: str, methods: tuple[str, ...], limit: int, seed: int, device: str, out: Path, console: Console
+) -> None:
+    from vtc.eval import faithfulness, scenes
+    from vtc.eval.reader import load, model_path, pick_device
+
+    reader = load(model_path(model), pick_device(device))
+    rows = faithfulness.faithfulness(reader, scenes.load("test", limit, seed), methods)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "faithfulness.json").write_text(json.dumps(rows, indent=2) + "\n")
+    console.print(faithfulness.table(rows))
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b or llava-qwen2-0.5b.")] = "llava-qwen2-0.5b",
+    method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "64",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once, one image each.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=9, help="Text of each prompt.")] = 60,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds after one that warms up; medians count.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write the medians to this JSON file.")] = None,
+) -> None:
+    """Measure seconds and KV bytes with and without compression, and what would be possible.
+
+    A true shape with random weights: nothing is downloaded. The unpruned model, the pruned one and the same model on a
+    natively short prompt take turns in one run.
+
+    Examples:
+
+      vtc bench --method fastv --budget 0.5
+
+      vtc bench --shape llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --out out/bench.json
+    """
+    spend = parse_budget(budget)
+    _quiet()
+    import torch
+
+    from vtc.eval import bench as benchmark
+    from vtc.eval.reader import pick_device
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
+    where = pick_device(device)
+    case = benchmark.Case(batch, text_tokens, new_tokens, rounds)
+    result = benchmark.bench(benchmark.load(shape, getattr(torch, dtype), where), method, spend, case)
+    name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    tokens = result["tokens"]
+    title = (
+        f"{shape}, {method}: {tokens['average']:g} of {tokens['full']} visual tokens, batch {batch}, {dtype}, {name}"
+    )
+    Console().print(benchmark.table(result, title))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        described = {"shape": shape, "method": method, "budget": spend, "dtype": dtype, "device": name}
+        out.write_text(json.dumps({**described, "batch": batch, **result}, indent=2) + "\n")
+
+
+@app.command()
+def tune(
+    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    images: Annotated[
+        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split.")
+    ] = "scenes",
+    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
+    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
+    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="The JSON file for vtc.Method.from_json.")] = Path("out/tuned.json"),
+) -> None:
+    """Find a method's hyper-parameters for a model and a budget, without labels.
+
+    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
+
+    Example:
+
+      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
+    """
+    spend = parse_budget(budget)
+    _need("optuna", "scipy", extra="tune")
+    _quiet()
+    from vtc.eval import tune as tuning
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
+    best, similarity, defaults = tuning.tune(search, out)
+    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
 
 
 @app.command()
@@ -161,6 +265,47 @@ def _print_answers(answers: dict[str, Any]) -> None:
 def _tokens(answer: Any) -> str:
     text = f"{answer.tokens:g} of {answer.total}"
     return text if answer.tokens == len(answer.kept) else f"{text} (layer average; {len(answer.kept)} in the last)"
+
+
+@train_app.command(name="reference")
+def train_reference(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints; the same command resumes.")] = Path("out/reference"),
+    preset: Annotated[str, typer.Option(help="small: 2 CPU cores; large: 336-pixel images, for a GPU.")] = "small",
+    seed: Annotated[int, typer.Option(help="Of weights, scenes and subsets.")] = 0,
+) -> None:
+    """Train the reference model from nothing; model and processor end up in OUT/model.
+
+    Example:
+
+      vtc train reference --out out/reference && vtc eval --model out/reference/model
+    """
+    _need("sklearn", extra="eval")
+    _quiet()
+    from vtc.eval.reference.train import train
+
+    train(out, preset=preset, seed=seed)
+
+
+@train_app.command(name="atp")
+def train_atp(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    budget: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the image's tokens.")] = 0.25,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
+) -> None:
+    """Train ATP-LLaVA's thresholds for a frozen model and a budget, on the benchmark's training questions.
+
+    Example:
+
+      vtc train atp --budget 0.25 && vtc eval --methods atp,random --budgets 0.25 --out out/atp
+    """
+    _need("sklearn", extra="eval")
+    _quiet()
+    from vtc.eval import atp
+
+    atp.train(atp.Recipe(model, budget, steps, batch_size, seed=seed), out)
 
 
 @app.command()

@@ -65,7 +65,7 @@ class Stage:
     needs: tuple[Need, ...] = ()
     select: Callable[[Tensor, Seen, Tensor], select.Selection] = field(default=select.top_k)
     contiguous: bool = False
-    """Whether survivors are renumbered without gaps, at the encoder site only; some papers do it, and lose grounding."""
+    """Whether survivors are renumbered without gaps, at the encoder site only; some papers do it and lose grounding."""
 
 
 class Method:

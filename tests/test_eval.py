@@ -1,0 +1,372 @@
+"""The harness: scoring, intervals, what is written, and that a run which is killed loses and doubles nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from PIL import Image
+
+import vtc
+from vtc.eval import report, run, scenes
+from vtc.eval.images import MAX_PIXELS, open_image, overlay, seen_box
+from vtc.eval.reader import load, model_path
+
+METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
+LINE = {"question_id", "task", "method", "budget", "tokens", "prediction", "answer", "correct", "agrees"}
+
+
+# -- scoring and statistics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "correct"),
+    [
+        (" Red. ", "red", True),
+        ("red .", "Red", True),
+        ("red", "reddish", False),
+        ("3.5", "35", False),
+        ("", "no", False),
+        ("yes..", "yes", False),
+    ],
+)
+def test_exact_match(prediction, answer, correct):
+    assert report.is_correct(prediction, answer) is correct
+
+
+def test_interval_is_the_known_one_of_a_proportion():
+    values = np.array([[0.0], [1.0]] * 200)
+    low, high = report.interval(report.bootstrap(values, seed=0)[:, 0])
+    known = 1.96 * np.sqrt(0.25 / 400)
+    assert low == pytest.approx(0.5 - known, abs=0.006)
+    assert high == pytest.approx(0.5 + known, abs=0.006)
+
+
+def test_bootstrap_is_paired_and_seeded():
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2, 300).astype(float)
+    draws = report.bootstrap(np.stack([first, first, 1 - first], 1), seed=3)
+    assert np.array_equal(draws[:, 0], draws[:, 1])
+    assert np.allclose(draws[:, 0] + draws[:, 2], 1)
+    assert np.array_equal(draws, report.bootstrap(np.stack([first, first, 1 - first], 1), seed=3))
+    assert not np.array_equal(draws, report.bootstrap(np.stack([first, first, 1 - first], 1), seed=4))
+
+
+def group(method, budget, correct, agrees=None, tokens=4.0, reachable=True):
+    marks = zip(correct, agrees or correct, strict=True)
+    lines = [
+        {"correct": bool(c), "agrees": bool(a), "tokens": tokens, "task": "ab"[i % 2]} for i, (c, a) in enumerate(marks)
+    ]
+    return method, budget, reachable, lines
+
+
+def test_summary_by_hand():
+    rows = report.summarise(
+        [
+            group("full", 1.0, [1, 1, 1, 0], tokens=16.0),
+            group("blind", 0, [0, 0, 0, 1], tokens=0.0),
+            group("fastv", 0.5, [1, 1, 0, 0], agrees=[1, 1, 1, 0]),
+            group("fastv", 1, [1, 1, 0, 0], reachable=False),
+            group("random", 0.5, [1, 0, 0, 0]),
+            group("random", 1, [1, 0, 0, 0]),
+            group("random", 1.0, [1, 1, 1, 0]),
+        ],
+        seed=0,
+    )
+    full, blind, fastv, floored, random, one, all_tokens = rows
+    assert (full["accuracy"], blind["accuracy"], fastv["accuracy"]) == (0.75, 0.25, 0.5)
+    assert (fastv["agreement"], fastv["tokens"], fastv["n"]) == (0.75, 4.0, 4)
+    assert fastv["by_task"] == {"a": 0.5, "b": 0.5}
+    assert fastv["versus_random"] == 0.25
+    assert (
+        fastv["versus_random_low"] == 0.0
+    )  # the one question that differs may be drawn never, and never against fastv
+    assert fastv["versus_random_high"] > 0.25
+    assert floored["reachable"] is False
+    for row in (full, blind, floored, random, one, all_tokens):
+        assert row["versus_random"] is None
+        assert row["versus_random_low"] is None
+    json.dumps(rows, allow_nan=False)
+
+
+def test_one_token_is_not_all_tokens():
+    keys = {run.Arm("random", budget, budget).key("q") for budget in (1, 1.0)}
+    assert len(keys) == 2
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tiny):  # noqa: F811
+    return run.Settings(
+        str(tiny), METHODS, (1.0, 0.5, 0.1, 4), limit=6, seed=1, batch_size=4, max_new_tokens=3, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval") / "run"
+    return out, {(row["method"], json.dumps(row["budget"])): row for row in run.evaluate(settings, out)}
+
+
+def test_every_question_once_in_every_arm(finished, settings):
+    out, _ = finished
+    lines = read_lines(out)
+    assert all(set(line) == LINE for line in lines)
+    keys = [(line["method"], json.dumps(line["budget"]), line["question_id"]) for line in lines]
+    assert len(keys) == len(set(keys)) == 6 * (2 + len(METHODS) * len(settings.budgets))
+
+
+def test_tokens_are_the_measured_ones(finished):
+    _, rows = finished
+    measured = {key: row["tokens"] for key, row in rows.items()}
+    assert measured["full", "1.0"] == 16
+    assert measured["blind", "0"] == 0
+    for method in ("vtc-cls", "random", "uniform"):
+        assert measured[method, "0.5"] == 8
+        assert measured[method, "4"] == 4
+    assert measured["fastv", "0.5"] == pytest.approx(8, abs=0.5)
+    assert measured["smaller-image", "0.5"] == 9  # 3 x 3 is the nearest square to 8
+    assert measured["smaller-image", "4"] == 4
+
+
+def test_a_budget_below_the_floor_is_run_at_the_floor_and_says_so(finished, tiny):  # noqa: F811
+    _, rows = finished
+    with pytest.raises(vtc.BudgetError) as error:
+        vtc.wrap(load(str(tiny), "cpu").model, "fastv", 0.1)
+    row = rows["fastv", "0.1"]
+    assert row["reachable"] is False
+    assert row["budget"] == 0.1
+    assert row["tokens"] == pytest.approx(16 * error.value.floor)
+    assert [key for key, row in rows.items() if not row["reachable"]] == [("fastv", "0.1")]
+
+
+def test_agreement_is_with_the_full_model(finished):
+    out, rows = finished
+    lines = read_lines(out)
+    full = {line["question_id"]: line["prediction"] for line in lines if line["method"] == "full"}
+    assert any(not line["agrees"] for line in lines)
+    for line in lines:
+        same = report.normalise(line["prediction"]) == report.normalise(full[line["question_id"]])
+        assert line["agrees"] is same
+    assert rows["full", "1.0"]["agreement"] == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_tokens_is_the_full_model(finished, method):
+    assert finished[1][method, "1.0"]["agreement"] == 1.0
+
+
+def test_full_answers_are_those_of_transformers_one_by_one(finished, settings):
+    reader = load(settings.model, "cpu")
+    for example in scenes.load(split="test", limit=6, seed=1):
+        content = [{"type": "image"}, {"type": "text", "text": example.question}]
+        text = reader.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = reader.processor(images=example.image, text=text, return_tensors="pt")
+        tokens = reader.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected = reader.processor.decode(tokens, skip_special_tokens=True).strip()
+        (line,) = [
+            line
+            for line in read_lines(finished[0])
+            if line["method"] == "full" and line["question_id"] == example.question_id
+        ]
+        assert (line["prediction"], line["answer"], line["task"]) == (expected, example.answer, example.task)
+
+
+def test_files_of_a_run(finished):
+    out, rows = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == list(rows.values())
+    assert [row["method"] for row in summary[:2]] == ["full", "blind"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["budgets"] == [1.0, 0.5, 0.1, 4]
+    assert {"python", "torch", "transformers", "vtc"} <= set(config["versions"])
+    with Image.open(out / "curve.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_the_picture_marks_what_is_below_the_floor(finished, tmp_path):
+    rows = list(finished[1].values())
+    report.picture(rows, tmp_path / "marked.png", "t")
+    report.picture([{**row, "reachable": True} for row in rows], tmp_path / "plain.png", "t")
+    assert (tmp_path / "marked.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_the_table_fits_80_columns_and_marks_what_is_below_the_floor(finished):
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(report.table(list(finished[1].values())))
+    text = console.export_text()
+    assert "10% *" in text
+    assert "…" not in text
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+def copy_of(finished, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("results.jsonl", "config.json"):
+        (out / name).write_bytes((finished[0] / name).read_bytes())
+    return out
+
+
+def test_a_torn_last_line_is_asked_again(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    whole = (out / "results.jsonl").read_bytes()
+    (out / "results.jsonl").write_bytes(whole[: len(whole) * 2 // 3])
+    assert not whole[: len(whole) * 2 // 3].endswith(b"\n")
+    rows = run.evaluate(settings, out)
+    assert (out / "results.jsonl").read_bytes() == whole
+    assert rows == list(finished[1].values())
+
+
+def test_a_finished_run_asks_nothing(finished, settings, tmp_path, monkeypatch):
+    out = copy_of(finished, tmp_path)
+    monkeypatch.setattr(run, "plan", lambda *_: [run.Arm("full", 1.0, 1.0), run.Arm("blind", 0, 0)])
+    monkeypatch.setattr(run, "_answer", lambda *_: pytest.fail("asked again"))
+    assert [row["method"] for row in run.evaluate(settings, out)] == ["full", "blind"]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
+    with pytest.raises(ValueError, match="line 4"):
+        run.evaluate(settings, out)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 2), ("budgets", (0.5,)), ("limit", 7), ("suffix", " x")])
+def test_a_folder_of_another_run_is_refused(finished, settings, tmp_path, name, value):
+    out = copy_of(finished, tmp_path)
+    before = (out / "results.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"another run \({name} .*--restart"):
+        run.evaluate(replace(settings, **{name: value}), out)
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    few = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
+    rows = run.evaluate(few, out, restart=True)
+    assert len(rows) == 3
+    assert len(read_lines(out)) == 6
+
+
+def test_killed_and_run_again_is_the_run_that_was_not_killed(tiny, tmp_path):  # noqa: F811
+    settings = run.Settings(
+        str(tiny), ("random", "uniform"), (0.5, 0.25), limit=40, batch_size=2, max_new_tokens=3, device="cpu"
+    )
+    asked = "--methods random,uniform --budgets 0.5,0.25 --limit 40 --batch-size 2 --max-new-tokens 3 --device cpu"
+    killed = subprocess.Popen(
+        command("eval", "--model", tiny, *asked.split(), "--out", tmp_path / "killed"), stdout=subprocess.DEVNULL
+    )
+    results = tmp_path / "killed" / "results.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (results.exists() and results.read_bytes().count(b"\n") >= 20):
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert 20 <= results.read_bytes().count(b"\n") < 6 * 40
+    resumed = run.evaluate(settings, tmp_path / "killed")
+    assert resumed == run.evaluate(settings, tmp_path / "whole")
+    assert results.read_bytes() == (tmp_path / "whole" / "results.jsonl").read_bytes()
+
+
+# -- what cannot be run ---------------------------------------------------------------------------------------------
+
+
+def test_unknown_methods_name_the_known(settings, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown method 'fast'.*fastv.*smaller-image"):
+        run.evaluate(replace(settings, methods=("fast",)), tmp_path)
+
+
+def test_smaller_image_refuses_a_tower_that_cannot(settings, tmp_path, monkeypatch):
+    from transformers import CLIPVisionModel
+
+    original = CLIPVisionModel.forward
+
+    def fixed(self, pixel_values, **kwargs):
+        if "interpolate_pos_encoding" in kwargs:
+            raise TypeError("unexpected keyword")
+        return original(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", fixed)
+    with pytest.raises(ValueError, match="smaller-image works for"):
+        run.evaluate(replace(settings, methods=("smaller-image",)), tmp_path / "out")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        model_path(str(tmp_path))
+
+
+# -- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlay_darkens_dropped_patches_only():
+    image = Image.new("RGB", (40, 80), (200, 100, 255))
+    painted = overlay(image, torch.tensor([0, 5, 15]), 16)
+    assert painted.size == image.size
+    for cell in range(16):
+        centre = (cell % 4 * 10 + 5, cell // 4 * 20 + 10)
+        assert painted.getpixel(centre) == ((200, 100, 255) if cell in (0, 5, 15) else (30, 15, 38))
+
+
+def test_overlay_lies_over_what_the_model_saw():
+    class Crops:
+        do_center_crop, size, crop_size = True, {"shortest_edge": 336}, {"height": 336, "width": 336}
+
+    class Squeezes(Crops):
+        do_center_crop = False
+
+    assert seen_box((100, 60), Squeezes()) == (0, 0, 100, 60)
+    box = seen_box((100, 60), Crops())
+    assert box == (20, 0, 80, 60)
+    painted = overlay(Image.new("RGB", (100, 60), "white"), torch.tensor([0]), 4, box)
+    assert painted.getpixel((25, 5)) == (255, 255, 255)
+    assert painted.getpixel((10, 5)) == painted.getpixel((75, 5)) == painted.getpixel((25, 55)) == (38, 38, 38)
+
+
+@pytest.mark.parametrize("tokens", [0, 15])
+def test_overlay_needs_a_square_grid(tokens):
+    with pytest.raises(ValueError, match="square grid"):
+        overlay(Image.new("RGB", (8, 8)), torch.tensor([], dtype=torch.long), tokens)
+
+
+def test_open_image_turns_by_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the first row is the right side
+    Image.new("L", (30, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    image = open_image(tmp_path / "turned.jpg")
+    assert (image.size, image.mode) == ((10, 30), "RGB")
+
+
+def test_open_image_says_why_not(tmp_path):
+    def bad(name, match):
+        with pytest.raises(ValueError, match=match):
+            open_image(tmp_path / name)
+
+    bad("missing.png", "no such image file")
+    (tmp_path / "text.png").write_text("not an image")
+    bad("text.png", "not an image that Pillow can read")
+    os.mkfifo(tmp_path / "pipe")
+    bad("pipe", "no such image file")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(21 * 2**20)
+    bad("large.png", "21.0 MB")
+    Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)).save(tmp_path / "wide.png")
+    bad("wide.png", "50 megapixels")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
+    bad("cut.png", "damaged image")
