@@ -17,7 +17,7 @@ from vtc.eval.scenes import Thing
 
 QUESTIONS = 12
 """Packed behind an image, beside its caption."""
-WORDS_A_PATCH = 6
+WORDS_A_PATCH = 8
 """A patch that two things touch is named by both."""
 
 
@@ -71,10 +71,11 @@ def to_pixels(image: scenes.Image.Image) -> Tensor:
 
 
 def _patch_words(things: tuple[Thing, ...], preset: Preset) -> Tensor:
-    """The description of whatever touches a patch, or the word "nothing"."""
+    """The description of whatever touches a patch and the halves of the image it is in, or the word "nothing"."""
     named: list[list[int]] = [[] for _ in range(preset.grid**2)]
     for thing in things:
-        ids = [encode(f" {word}")[0] for word in thing.words]
+        x, y = (2 * c < preset.size for c in thing.center)
+        ids = [encode(f" {word}")[0] for word in (*thing.words, "left" if x else "right", "top" if y else "bottom")]
         for patch in thing.patches(preset.patch, preset.grid):
             named[patch] += ids
     words = torch.full((len(named), WORDS_A_PATCH), -1)

@@ -41,9 +41,9 @@ class Preset:
     vision: tuple[int, int, int, int] = (128, 7, 4, 384)
     """Width, layers, heads, MLP width. LLaVA reads the last layer but one, so the last layer is never used."""
     text: tuple[int, int, int, int] = (128, 8, 4, 320)
-    tower_steps: int = 2600
+    tower_steps: int = 1700
     tower_batch: int = 48
-    read_steps: int = 4000
+    read_steps: int = 2700
     read_batch: int = 24
     learning_rate: float = 1e-3
 

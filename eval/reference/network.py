@@ -68,8 +68,9 @@ def read(
 class Labels(nn.Module):
     """What training asks beside the questions; none of it is saved with the model.
 
-    Patches: which words describe what touches a patch, read off the *projected* token by the decoder's own word
-    embeddings, so that a visual token arrives in the decoder as the sum of its words; and the row and column it is in.
+    Patches: which words describe what touches a patch and where in the image it is, read off the *projected* token by
+    the decoder's own word embeddings, so that a visual token arrives in the decoder as the sum of its words; and the
+    row and column of the patch.
     CLS: what the image shows, asked in the last `DEPTH` layers, so that its attention learns to find things.
     """
 
@@ -88,7 +89,7 @@ class Labels(nn.Module):
         scores = (tokens @ embedding.T).float().log_softmax(-1)
         given = words >= 0
         each = scores.gather(-1, words.clamp(min=0)).masked_fill(~given, 0).sum(-1) / given.sum(-1)
-        weight = torch.where(words[..., 0] == nothing, 0.15, 1.0)
+        weight = torch.where(words[..., 0] == nothing, 0.15, given.sum(-1).float() / 4)  # background is most of it
         place = self.place(tokens).float()
         rows = nn.functional.cross_entropy(place[..., : self.grid].flatten(0, 1), (keep // self.grid).flatten())
         columns = nn.functional.cross_entropy(place[..., self.grid :].flatten(0, 1), (keep % self.grid).flatten())

@@ -1,8 +1,8 @@
 """Train the reference model from nothing.
 
 1. *tower*: the vision tower, on labels of patches and of the CLS token.
-2. *read*: projector and decoder, on captions and packed questions. The tower stays as it is: trained on questions about
-   images with tokens missing, it would learn to repeat each thing in tokens far away from it.
+2. *read*: projector and decoder as well, on captions and packed questions. The tower goes on with its labels, but the
+   questions do not reach it: asked about images with tokens missing, it would learn to repeat each thing far away.
 
 A decoder trained on whole images alone breaks when the composition of its visual tokens changes, and then any pruning
 looks bad for a reason of its own. Hence, in phase 2, most batches see only some of the visual tokens, at their original
@@ -115,7 +115,10 @@ class Trainer:
         # a step draws the same subsets whether or not the training was interrupted before it
         generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self._read_loss(batch, generator) if reading else self._tower_loss(batch)
+            states = look(self.model, batch.pixels.to(self.device))
+            loss = self._tower_loss(batch, states)
+            if reading:
+                loss = loss + self._read_loss(batch, states, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
@@ -131,33 +134,28 @@ class Trainer:
         rate *= self.preset.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         self.optimizer.param_groups[0]["lr"] = rate
 
-    def _tower_loss(self, batch: Batch) -> Tensor:
-        states = look(self.model, batch.pixels.to(self.device))
+    def _tower_loss(self, batch: Batch, states: list[Tensor]) -> Tensor:
+        """Every patch and the CLS token, by their labels."""
         keep = torch.arange(self.preset.grid**2, device=self.device).expand(len(batch.things), -1)
-        named = self._patch_loss(batch, self._project(states, keep), keep)
-        return named + self.labels.cls_loss(states, batch.present.to(self.device))
+        words, embedding = batch.patch_words.to(self.device), self.model.get_input_embeddings().weight
+        patches = self.labels.patch_loss(self._project(states[-1], keep), keep, words, embedding, self.nothing)
+        return patches + self.labels.cls_loss(states, batch.present.to(self.device))
 
-    def _read_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        with torch.no_grad():
-            states = look(self.model, batch.pixels.to(self.device))
-        keep = subset(states[-1][:, 1:].float().cpu(), generator)
+    def _read_loss(self, batch: Batch, states: list[Tensor], generator: torch.Generator) -> Tensor:
+        """Answers and captions, from a subset of the visual tokens; no gradient to the tower."""
+        features = states[-1].detach()
+        keep = subset(features[:, 1:].float().cpu(), generator)
         blind = torch.rand(len(keep), generator=generator) < BLIND
         text = self._pack(batch, keep, generator)
         keep = keep.to(self.device)
-        tokens = self._project(states, keep)
-        hidden = read(self.model, tokens, keep, text, blind.to(self.device))
+        hidden = read(self.model, self._project(features, keep), keep, text, blind.to(self.device))
         wanted = text.target >= 0
         each = F.cross_entropy(self.model.lm_head(hidden[wanted]).float(), text.target[wanted], reduction="none")
         caption = text.caption[wanted]
-        answers = each[~caption].mean() + 0.5 * each[caption].mean()
-        return answers + 0.3 * self._patch_loss(batch, tokens, keep)
+        return each[~caption].mean() + 0.5 * each[caption].mean()
 
-    def _project(self, states: list[Tensor], keep: Tensor) -> Tensor:
-        return self.model.model.multi_modal_projector(gather(states[-1][:, 1:], keep))
-
-    def _patch_loss(self, batch: Batch, tokens: Tensor, keep: Tensor) -> Tensor:
-        words = gather(batch.patch_words.to(self.device), keep)
-        return self.labels.patch_loss(tokens, keep, words, self.model.get_input_embeddings().weight, self.nothing)
+    def _project(self, features: Tensor, keep: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(gather(features[:, 1:], keep))
 
     def _pack(self, batch: Batch, keep: Tensor, generator: torch.Generator) -> Pack:
         """A caption of the things that the kept patches touch, and questions of every task."""
@@ -180,7 +178,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
             states = look(self.model, batch.pixels.to(self.device))
             keep = torch.arange(self.preset.grid**2, device=self.device).expand(rows, -1)
-            tokens = self._project(states, keep)
+            tokens = self._project(states[-1], keep)
             if self.step <= self.preset.tower_steps:
                 scores = tokens.float() @ self.model.get_input_embeddings().weight.float().T
                 line = _named(scores.cpu(), batch.patch_words)
