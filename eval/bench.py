@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.auto import AutoModelForImageTextToText
 
 import vtc
@@ -85,12 +86,19 @@ class Case:
 
 
 def load(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A model of that shape with random weights. Raises ValueError that lists the shapes."""
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+    """A model with random weights: of a named shape, or of the shape of a folder's config.json.
+
+    Raises ValueError that lists the shapes.
+    """
+    if shape in SHAPES:
+        config = SHAPES[shape]()
+    elif (Path(shape) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(shape)
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}, and folders with a config.json")
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForImageTextToText.from_config(SHAPES[shape](), dtype=dtype).eval()
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 @torch.inference_mode()

@@ -73,6 +73,8 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=search.seed))
     study.optimize(objective, n_trials=search.trials, show_progress_bar=True)
+    if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
+        raise ValueError(f"none of {search.trials} combinations can reach a budget of {search.budget} on this model")
     best, defaults = kind.tuned(study.best_params), similarity(kind())
     best.to_json(out)
     return best, study.best_value, defaults

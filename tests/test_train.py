@@ -1,11 +1,12 @@
 """What learns or searches: ATP's modules, the tuning, and the measure of score maps; on a tiny checkpoint."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from eval_fixtures import save_tiny
+from eval_fixtures import run_vtc, save_tiny
 from PIL import Image
 
 import vtc
@@ -86,7 +87,12 @@ def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, t
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"method": "random"}, "nothing to tune"), ({"method": "magic"}, "unknown method"), ({"images": "."}, "no image")],
+    [
+        ({"method": "fastv", "budget": 0.01}, "none of 1 combinations"),
+        ({"method": "random"}, "nothing to tune"),
+        ({"method": "magic"}, "unknown method"),
+        ({"images": "."}, "no image"),
+    ],
 )
 def test_tune_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
@@ -141,3 +147,36 @@ def test_hiding_tokens_is_dropping_them(checkpoint):
     vtc.unwrap(reader.model)
     hidden = faithfulness._next_log_probabilities(reader, inputs, keep, places)
     torch.testing.assert_close(hidden, pruned, atol=1e-4, rtol=1e-4)
+
+
+# -- the commands, as processes ---------------------------------------------------------------------------------------
+
+
+def succeeded(*arguments):
+    done = run_vtc(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_bench_prints_ratios_and_writes_them(checkpoint, tmp_path):
+    out = tmp_path / "bench.json"
+    options = ("--shape", checkpoint, "--budget", "4", "--rounds", "1", "--new-tokens", "2", "--out", out)
+    printed = succeeded("bench", *options)
+    result = json.loads(out.read_text())
+    assert result["tokens"] == {"full": 16, "average": 4.0, "last": 4, "text": 60}
+    assert f"{result['full']['kv_bytes'] / result['pruned']['kv_bytes']:.2f}x" in printed
+    assert result["full"]["kv_bytes"] / result["pruned"]["kv_bytes"] == pytest.approx(76 / 64)
+
+
+def test_train_tune_and_compare_from_the_command_line(checkpoint, tmp_path):
+    modules, tuned, out = tmp_path / "atp", tmp_path / "tuned.json", tmp_path / "out"
+    succeeded("train", "atp", "--model", checkpoint, "--budget", "0.5", "--steps", "2", "--out", modules)
+    assert {file.name for file in modules.iterdir()} == {"config.json", "model.safetensors", "recipe.json"}
+    sizes = ("--samples", "2", "--trials", "2")
+    succeeded("tune", "--model", checkpoint, "--method", "transprune", "--budget", "0.5", *sizes, "--out", tuned)
+    succeeded("eval", "--model", checkpoint, "--methods", tuned, "--budgets", "0.5", "--limit", "2", "--out", out)
+    assert {row["method"] for row in json.loads((out / "summary.json").read_text())} == {"full", "blind", str(tuned)}
+    faithful = ("--methods", "vtc-cls,random", "--limit", "2", "--faithfulness", "--out", out)
+    assert "spearman" in succeeded("eval", "--model", checkpoint, *faithful)
+    rows = json.loads((out / "faithfulness.json").read_text())
+    assert [(row["method"], row["n"]) for row in rows] == [("vtc-cls", 2), ("random", 2)]

@@ -130,7 +130,9 @@ def _faithfulness(
 
 @app.command()
 def bench(
-    shape: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b or llava-qwen2-0.5b.")] = "llava-qwen2-0.5b",
+    shape: Annotated[
+        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-qwen2-0.5b, or a model folder.")
+    ] = "llava-qwen2-0.5b",
     method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
     budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "64",
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once, one image each.")] = 1,
