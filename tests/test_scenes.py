@@ -65,7 +65,7 @@ def test_the_best_blind_guess_is_poor():
     tasks: dict[str, Counter[str]] = {}
     for index in range(900):
         _, asked = scenes.training_scene("test", 0, index)
-        for task, question, answer in asked[: len(TASKS)]:
+        for task, question, answer in asked:
             form = re.sub(rf"(?<=the )(\w+)|{'|'.join([*COLORS, *SHAPES])}", "_", question)
             answers.setdefault(form, Counter())[answer] += 1
             tasks.setdefault(task, Counter())[answer] += 1
