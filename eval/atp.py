@@ -16,6 +16,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -77,9 +78,36 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
                 _save(out, recipe, modules, optimizer, step + 1)
     trained = replace(method, modules=accelerator.unwrap_model(modules).eval())
     trained.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    report = {"recipe": asdict(recipe), "spread": spread(reader, trained, recipe)}
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
     return trained
+
+
+def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
+    """What the hard drop leaves on the validation split, as fractions of an image's tokens.
+
+    `average`: mean, standard deviation, least and most of the layer average over the questions. `layers`: mean and
+    standard deviation of what is left after each pruned layer.
+    """
+    examples = scenes.load("val", questions, recipe.seed)
+    counts, sizes = [], []
+    for first in range(0, len(examples), recipe.batch_size):
+        batch = examples[first : first + recipe.batch_size]
+        with vtc.compressed(reader.model, method) as trace:
+            reader.answers(reader.inputs([e.image for e in batch], [e.question for e in batch]), max_new_tokens=1)
+        counts.append(trace.tokens_per_layer)
+        sizes += trace.sizes
+    shares = torch.cat(counts) / torch.tensor(sizes)[:, None]
+    average = shares.mean(1)
+    layers = [stage.layer for stage in trace.stages]
+    return {
+        "average": {name: getattr(average, name)().item() for name in ("mean", "std", "min", "max")},
+        "layers": {
+            layer: {name: getattr(shares[:, layer], name)().item() for name in ("mean", "std")} for layer in layers
+        },
+        "questions": len(examples),
+    }
 
 
 def _loss(reader: Reader, method: Atp, recipe: Recipe, step: int) -> tuple[Tensor, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtc import scores
 from vtc.observe import Seen, SelfLogits, TextRow
 from vtc.select import Selection
-from vtc.stage import Budget, Method, Shape, Stage
+from vtc.stage import Budget, BudgetError, Method, Shape, Stage
 
 
 class Thresholds(nn.Module):
@@ -136,7 +136,10 @@ class Atp(Method):
         return cls(**settings, modules=modules.requires_grad_(False))
 
     def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Atp:
-        """With the modules on the model's device; without modules, those in `<checkpoint>/atp/<budget>`."""
+        """With the modules on the model's device; without modules, those in `<checkpoint>/atp/<budget>`.
+
+        Raises ValueError where there are none for this budget: a BudgetError where it is lower than all that are.
+        """
         if self.modules is not None:
             return replace(self, modules=self.modules.to(model.device))
         if budget == 1.0 and isinstance(budget, float):
@@ -147,8 +150,11 @@ class Atp(Method):
         for fraction, path in trained.items():
             if wanted is not None and abs(fraction - wanted) * (tokens or 1) < 0.5:
                 return Atp.from_pretrained(path).bind(model, budget, tokens)
-        raise ValueError(
+        message = (
             f"atp is trained for one model and one budget, and {home} has modules for "
             f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: "
             "train them with `vtc train atp --model PATH --budget B`, or pass Atp.from_pretrained(folder)"
         )
+        if trained and wanted is not None and wanted < min(trained):
+            raise BudgetError(message, floor=min(trained))
+        raise ValueError(message)
