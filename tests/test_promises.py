@@ -339,7 +339,7 @@ def test_the_trace_is_true(model, method, inputs):
                 trace.scores(stage)
             continue
         assert [len(scores) for scores in trace.scores(stage)] == [len(index) for index in entered]
-    assert set(trace.seconds) == {"vision", "score", "prefill"}
+    assert set(trace.seconds) == {"vision", "score", "select", "compact", "prefill"}
 
 
 def test_a_prompt_without_an_image_is_left_alone(model, method):

@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from vtc import compact, merge
 from vtc.observe import Need, Record, Seen, attention_rows, split_heads
 from vtc.select import Selection
+from vtc.stage import Stage
 from vtc.trace import Clock, StageTrace, Trace
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Encoded:
 
     rows: dict[Need, Tensor]
     """(heads, tokens) of each need."""
-    span: tuple[object, object]
-    """Clock readings around the tower and the projector."""
+    spans: list[tuple[str, object, object]]
+    """What the tower and the projector took, and what those rows took, as `Clock` holds it."""
 
 
 @dataclass
@@ -217,7 +218,8 @@ class Forward:
         if sizes or self.state.trace.depth == 0:
             rows = self.tokens.row.tolist() if sizes else []
             self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes)
-            self.state.trace.clock.spans += [("vision", *f.vtc.span) for f in self.features[:1] if hasattr(f, "vtc")]
+            if sizes and hasattr(self.features[0], "vtc"):
+                self.state.trace.clock.spans += self.features[0].vtc.spans
             compression.publish(self.state.trace)
         if sizes and not self.busy:
             for number in range(len(compression.stages)):
@@ -274,36 +276,42 @@ class Forward:
         if counts == tokens.counts:
             self._note(number, Selection(tokens.valid))
             return hidden, positions
-        stage = self.compression.stages[number]
-        with self.state.trace.clock.span("score", hidden.device):
-            grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
-            seen = Seen({need: self.rows[need] for need in stage.needs}, self.alive, tokens.index, grids)
+        stage, span = self.compression.stages[number], self.state.trace.clock.span
+        grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
+        seen = Seen({need: self.rows[need] for need in stage.needs}, self.alive, tokens.index, grids)
+        with span("score", hidden.device):
             scores = stage.score(seen)
+        with span("select", hidden.device):
             selection = stage.select(scores, seen, torch.tensor(counts, device=hidden.device))
-            self._note(number, selection, scores)
-            self.changes += 1
-            if selection.gate is not None:
-                self._soften(selection.gate)
-                return hidden, positions
+        self._note(number, selection, scores)
+        self.changes += 1
+        if selection.gate is not None:
+            self._soften(selection.gate)
+            return hidden, positions
+        with span("compact", hidden.device):
             if self.compression.method.adaptive:
                 counts = selection.keep.sum(1).tolist()
             if (into := selection.into) is not None:
                 absorb = functools.partial(merge.absorb, into=into, weights=scores)
                 hidden = compact.change(hidden, tokens.row, tokens.position, tokens.valid, absorb)
-            plan, dropped = self._compact(selection.keep, counts)
-            hidden = compact.gather(hidden, plan.index)
-            if positions is not None:
-                if stage.contiguous:
-                    before = dropped.long().cumsum(1)
-                    positions, self.shift = (
-                        positions - before,
-                        before[:, -1:] + (0 if self.shift is None else self.shift),
-                    )
-                positions = compact.gather(positions, plan.index, dim=-1)
-            if self.rotary is not None:
-                self.rotary = tuple(compact.gather(table, plan.index) for table in self.rotary)
-            source = compact.gather(plan.source, self.sources[-1][1]) if self.sources else plan.source
-            self.sources.append((stage.layer, source))
+            return self._carry(stage, selection.keep, counts, hidden, positions)
+
+    def _carry(
+        self, stage: Stage, keep: Tensor, counts: list[int], hidden: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """States, positions and rotary tables of what stays."""
+        plan, dropped = self._compact(keep, counts)
+        hidden = compact.gather(hidden, plan.index)
+        if positions is not None:
+            if stage.contiguous:
+                before = dropped.long().cumsum(1)
+                positions = positions - before
+                self.shift = before[:, -1:] + (0 if self.shift is None else self.shift)
+            positions = compact.gather(positions, plan.index, dim=-1)
+        if self.rotary is not None:
+            self.rotary = tuple(compact.gather(table, plan.index) for table in self.rotary)
+        source = compact.gather(plan.source, self.sources[-1][1]) if self.sources else plan.source
+        self.sources.append((stage.layer, source))
         return hidden, positions
 
     def _compact(self, keep: Tensor, counts: list[int]) -> tuple[compact.Plan, Tensor]:
@@ -369,9 +377,10 @@ class Forward:
 
     def _observe_layer(self, layer: int, hidden: Tensor) -> None:
         """Make the rows that are due before decoder layer `layer`, which `hidden` is about to enter."""
-        for need in self.compression.needs:
-            if not need.tower and need.before == layer:
-                self.rows[need] = need.row({**self.record.pop(need, {}), "hidden": hidden}, self)
+        due = [need for need in self.compression.needs if not need.tower and need.before == layer]
+        if due:
+            with self.state.trace.clock.span("score", hidden.device):
+                self.rows |= {need: need.row({**self.record.pop(need, {}), "hidden": hidden}, self) for need in due}
 
     def columns(self, x: Tensor) -> Tensor:
         """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, tokens)."""

@@ -87,7 +87,8 @@ class Trace:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by part: vision, score (with selection and compaction), prefill, decode (all later steps)."""
+        """Seconds by part: vision, score (rows and importances), select, compact, prefill (with all three inside the
+        decoder), decode (all later steps)."""
         return self.clock.seconds()
 
     def _per_row(self, per_image: list[Tensor], offset: bool) -> list[Tensor]:

@@ -144,12 +144,13 @@ class Compression:
                 outputs = original(*args, **kwargs)
             finally:
                 recording.reset(token)
-            span = (start, Clock.now(self.adapter.model.device))
+            seen = Clock.now(self.adapter.model.device)
             pixels = args[0] if args else kwargs["pixel_values"]
             rows = {need: need.row({**record.get(need, {}), "pixels": pixels}, self.adapter) for need in needs}
+            spans = [("vision", start, seen), ("score", seen, Clock.now(self.adapter.model.device))]
             features = getattr(outputs, "pooler_output", outputs[0])
             for image, feature in enumerate(features):
-                feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, span)
+                feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, spans)
             if (forward := current.get()) is not None:
                 forward.features = list(features)
             return outputs
