@@ -1,15 +1,17 @@
 """Seconds and bytes with and without compression, and what would be possible, in one interleaved run.
 
 The limit is measured, not computed: the same model runs natively on prompts that are as short from the start as the
-pruned ones are in the end. Where a method drops tokens in the middle of the stack, each span of layers counts with the
-native prefill of its own length.
+pruned ones are in the end. Where a method drops tokens in the middle of the stack, each layer counts with the native
+prefill of its own length.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig,
 from transformers.models.auto import AutoModelForImageTextToText
 
 import vtc
+from vtc import cost
 
 CLIP_L_336 = {
     "hidden_size": 1024,
@@ -72,76 +75,112 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 """True shapes, for random weights. `llava-qwen2-0.5b` is LLaVA-1.5's tower before the 0.5B decoder of OneVision."""
 
-PARTS = ("vision", "score", "prefill", "decode", "kv_bytes")
+PARTS = {
+    "vision": "vision tower",
+    "prefill": "prefill",
+    "first": "first token",
+    "decode": "decode, a token",
+    "kv_bytes": "KV cache",
+    "peak_bytes": "peak memory",
+}
+"""What is compared; the first token is vision tower and prefill together."""
+OWN = ("score", "select", "compact")
+"""What compression itself costs; parts of `first`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: prompts of `text_tokens` besides one image a row, then `new_tokens` decoded."""
+    """What is measured: a batch of prompts of one image and `prompt_tokens` of text each, `new_tokens` decoded."""
 
     batch: int = 1
-    text_tokens: int = 60
+    prompt_tokens: int = 60
     new_tokens: int = 8
     rounds: int = 3
 
 
-def load(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """A model with random weights: of a named shape, or of the shape of a folder's config.json.
 
     Raises ValueError that lists the shapes.
     """
-    if shape in SHAPES:
-        config = SHAPES[shape]()
-    elif (Path(shape) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(shape)
+    if name in SHAPES:
+        config = SHAPES[name]()
+    elif (Path(name) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(name)
     else:
-        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}, and folders with a config.json")
+        raise ValueError(f"unknown shape {name!r}; known are {', '.join(SHAPES)}, and folders with a config.json")
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 @torch.inference_mode()
-def bench(model: torch.nn.Module, method: str, budget: vtc.stage.Budget, case: Case) -> dict[str, Any]:
-    """Medians over rounds of seconds (and KV bytes) by part, for the full, the pruned and the natively short model.
+def bench(
+    model: torch.nn.Module, arms: Sequence[tuple[str | vtc.Method, vtc.stage.Budget]], case: Case
+) -> list[dict[str, Any]]:
+    """For each (method, budget): medians over rounds for the full, the pruned and the natively short model.
 
-    Returns {"full" | "pruned" | "limit": {part: value}, "tokens": {...}}; `prefill` contains `score`, `decode` is
-    seconds a token, and the limit has no vision or score of its own.
+    One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "own", "binds"}. "full", "pruned" and
+    "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. In a round all take turns.
     """
     inputs = _inputs(model, case)
+    counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
+    text = case.prompt_tokens
+    rounds = [
+        _round(model, arms, inputs, {n + text for arm in counts for n in arm}, case)
+        for _ in track(range(case.rounds + 1), description="measuring", console=Console(stderr=True))
+    ][1:]  # the first warms up
+    full = _median([runs["full"] for runs in rounds])
+    short = {n: _median([runs[n] for runs in rounds]) for n in rounds[0] if isinstance(n, int)}
     total = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
-    with vtc.compressed(model, method, budget) as trace:  # a first pass that says how many tokens are left where
-        _run(model, inputs, 1)
-    counts = trace.tokens_per_layer[0].tolist()
-    text = inputs["input_ids"].shape[1] - total
-    spans = {count: counts.count(count) / len(counts) for count in dict.fromkeys(counts)}
+    rows = []
+    for number, ((method, budget), layers) in enumerate(zip(arms, counts, strict=True)):
+        pruned = _median([runs["pruned", number] for runs in rounds])
+        row = {
+            "method": method if isinstance(method, str) else method.name,
+            "budget": budget,
+            "tokens": {"full": total, "average": statistics.mean(layers), "last": layers[-1], "text": text},
+            "full": full,
+            "pruned": {part: pruned[part] for part in full},
+            "limit": _limit(full, [short[n + text] for n in layers]),
+            "own": {part: pruned.get(part, 0.0) for part in OWN},
+        }
+        rows.append({**row, "binds": what_binds(model, row, layers)})
+    return rows
 
-    rounds: dict[str, list[dict[str, float]]] = {"full": [], "pruned": [], "limit": []}
-    for _ in track(range(case.rounds + 1), description="measuring", console=Console(stderr=True)):
-        rounds["full"].append(_run(model, inputs, case.new_tokens))
-        with vtc.compressed(model, method, budget) as trace:
-            measured = _run(model, inputs, case.new_tokens)
-            rounds["pruned"].append({**measured, "score": trace.seconds.get("score", 0.0)})
-        short = {count: _short(model, count + text, case) for count in spans}
-        rounds["limit"].append(
-            {
-                "vision": rounds["full"][-1]["vision"],
-                **{part: sum(short[n][part] * share for n, share in spans.items()) for part in short[counts[0]]},
+
+def _tokens_per_layer(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tensor]) -> list[int]:
+    with vtc.compressed(model, *arm) as trace:
+        model(**inputs, logits_to_keep=1)
+    return trace.tokens_per_layer[0].tolist()
+
+
+def _round(model: torch.nn.Module, arms: Sequence[tuple], inputs: dict, lengths: set[int], case: Case) -> dict:
+    runs = {"full": _run(model, inputs, case.new_tokens)}
+    for number, arm in enumerate(arms):
+        with vtc.compressed(model, *arm) as trace:
+            runs["pruned", number] = _run(model, inputs, case.new_tokens) | {
+                part: trace.seconds.get(part, 0.0) for part in OWN
             }
-        )
-    medians = {
-        kind: {part: statistics.median(run[part] for run in runs[1:]) for part in runs[0]}  # the first warms up
-        for kind, runs in rounds.items()
-    }
-    return {
-        **medians,
-        "tokens": {"full": total, "average": sum(counts) / len(counts), "last": counts[-1], "text": text},
-    }
+    for length in sorted(lengths):
+        ids = torch.full((case.batch, length), 2, device=model.device)
+        runs[length] = _run(model, {"input_ids": ids}, case.new_tokens)
+    return runs
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
+
+
+def _limit(full: dict[str, float], short: list[dict[str, float]]) -> dict[str, float]:
+    """The vision tower of the full model before a decoder whose every layer reads its own natively short prompt."""
+    mean = {part: statistics.mean(layer[part] for layer in short) for part in ("prefill", "decode", "kv_bytes")}
+    return {"vision": full["vision"], **mean, "first": full["vision"] + mean["prefill"]}
 
 
 def _inputs(model: torch.nn.Module, case: Case) -> dict[str, Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(0)
-    text = torch.randint(2, config.image_token_id, (case.batch, case.text_tokens), generator=generator)
+    text = torch.randint(2, config.image_token_id, (case.batch, case.prompt_tokens), generator=generator)
     image = torch.full((case.batch, config.image_seq_length), config.image_token_id)
     size = config.vision_config.image_size
     return {
@@ -151,32 +190,43 @@ def _inputs(model: torch.nn.Module, case: Case) -> dict[str, Tensor]:
 
 
 def _run(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
-    base = model.base_model
-    vision, features = _timed(lambda: base.get_image_features(inputs["pixel_values"], return_dict=True), model)
-    ids = inputs["input_ids"]
-    prefill, out = _timed(
-        lambda: model(input_ids=ids, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1), model
-    )
-    return {"vision": vision, "prefill": prefill, **_decode(model, out, ids.shape[1], new_tokens)}
-
-
-def _short(model: torch.nn.Module, length: int, case: Case) -> dict[str, float]:
-    ids = torch.randint(2, model.config.image_token_id, (case.batch, length), device=model.device)
-    prefill, out = _timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), model)
-    return {"prefill": prefill, **_decode(model, out, length, case.new_tokens)}
-
-
-def _decode(model: torch.nn.Module, out: Any, length: int, new_tokens: int) -> dict[str, float]:
-    cache = out.past_key_values
+    """One prompt to its last token: the parts that `PARTS` names."""
+    vision = []
+    _reset_peak(model.device)
+    with _timed_vision(model, vision):
+        first, out = _timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model)
+    peak, cache = _peak(model.device), out.past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-    def steps() -> None:
+    def decode() -> None:
         token = out.logits[:, -1:].argmax(-1)
-        for step in range(new_tokens):
-            positions = torch.full_like(token, length + step)
-            token = model(input_ids=token, position_ids=positions, past_key_values=cache).logits[:, -1:].argmax(-1)
+        for _ in range(new_tokens):
+            token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
 
-    return {"decode": _timed(steps, model)[0] / new_tokens, "kv_bytes": held}
+    seconds = _timed(decode, model)[0] / new_tokens
+    parts = {"vision": sum(vision), "prefill": first - sum(vision), "first": first, "decode": seconds}
+    return parts | {"kv_bytes": held} | ({} if peak is None else {"peak_bytes": peak})
+
+
+@contextmanager
+def _timed_vision(model: torch.nn.Module, seconds: list[float]) -> Iterator[None]:
+    """Append what each `get_image_features` takes, for the wrapped and the bare model alike."""
+    backbone = model.base_model
+    own = backbone.__dict__.get("get_image_features")
+    original = backbone.get_image_features
+
+    def get_image_features(*args, **kwargs):
+        passed, features = _timed(lambda: original(*args, **kwargs), model)
+        seconds.append(passed)
+        return features
+
+    backbone.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del backbone.get_image_features
+        if own is not None:
+            backbone.get_image_features = own
 
 
 def _timed(work: Callable[[], Any], model: torch.nn.Module) -> tuple[float, Any]:
@@ -188,19 +238,95 @@ def _timed(work: Callable[[], Any], model: torch.nn.Module) -> tuple[float, Any]
     return time.perf_counter() - start, result
 
 
-def table(result: dict[str, Any], title: str) -> Table:
-    """Each part: full, pruned, their ratio, and the ratio that was possible."""
-    rows = Table(
-        title=title, caption="gain = full / pruned; possible = full / the same model on a natively short prompt"
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif RESET_PEAK.exists():
+        RESET_PEAK.write_text("5")
+
+
+def _peak(device: torch.device) -> int | None:
+    """The most bytes held since `_reset_peak`: allocated on a GPU, resident on a CPU; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not RESET_PEAK.exists():
+        return None
+    high = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(high[1]) * 1024
+
+
+RESET_PEAK = Path("/proc/self/clear_refs")
+"""Linux: writing 5 makes the peak resident size start anew (proc(5))."""
+
+
+def what_binds(model: torch.nn.Module, row: dict[str, Any], layers: Sequence[int]) -> str:
+    """One sentence: what keeps the first token from coming sooner, and what would help."""
+    full, limit, tokens = row["full"], row["limit"], row["tokens"]
+    vision = limit["vision"] / limit["first"]
+    if vision > 0.5:
+        return (
+            f"The vision tower binds: {vision:.0%} of the time to the first token passes before the decoder, out of "
+            "reach of what is dropped there. Fewer tiles, a smaller image or merging inside the tower would help."
+        )
+    config = vtc.adapter.find(model).decoder.config
+    flops = cost.speed_up_limit(layers, tokens["full"], tokens["text"], config)
+    gain = full["prefill"] / limit["prefill"]
+    if gain > 0.7 * flops:
+        return f"Compute binds: the decoder does {flops:.1f} times less of it, and the prefill follows."
+    return (
+        f"Weights and launches bind: the decoder computes {flops:.1f} times less, but a prompt that short from the "
+        f"start is only {gain:.1f} times faster. Larger batches would help; on a GPU also CUDA graphs."
     )
-    for column in ("", "full", "pruned", "gain", "possible"):
-        rows.add_column(column, justify="right" if column else "left")
-    full, pruned, limit = result["full"], result["pruned"], result["limit"]
-    for part in PARTS:
-        ours = pruned.get(part)
-        unit, scale = ("MiB", 2**-20) if part == "kv_bytes" else ("ms", 1e3)
-        name = {"kv_bytes": "KV cache", "decode": "decode, a token", "score": "of which scoring"}.get(part, part)
-        known = [f"{full[part] * scale:.1f} {unit}" if part in full else "", f"{ours * scale:.2f} {unit}"]
-        ratios = [f"{full[part] / x[part]:.2f}x" if part in full and part in x else "" for x in (pruned, limit)]
-        rows.add_row(name, *known, *ratios)
-    return rows
+
+
+def table(row: dict[str, Any], title: str) -> Table:
+    """Each part: full, pruned, their ratio, the ratio that was possible, and how much of it was reached."""
+    full, pruned, limit = row["full"], row["pruned"], row["limit"]
+    own = ", ".join(f"{part} {1e3 * seconds:.2f} ms" for part, seconds in row["own"].items())
+    share = sum(row["own"].values()) / pruned["first"]
+    caption = (
+        "possible: the same model on a prompt that is short from the start",
+        f"compression itself: {own}; {share:.1%} of the first token",
+        row["binds"],
+    )
+    grid = Table(title=title, caption="\n".join(caption))
+    for column in ("", "full", "pruned", "gain", "possible", "of possible"):
+        grid.add_column(column, justify="right" if column else "left")
+    for part, name in PARTS.items():
+        if part in full:
+            unit, scale = ("MiB", 2**-20) if part.endswith("bytes") else ("ms", 1e3)
+            gain = full[part] / pruned[part]
+            possible = full[part] / limit[part] if part in limit else None
+            grid.add_row(
+                name,
+                *(f"{kind[part] * scale:.1f} {unit}" for kind in (full, pruned)),
+                f"{gain:.2f}x",
+                *(["", ""] if possible is None else [f"{possible:.2f}x", f"{gain / possible:.0%}"]),
+            )
+    return grid
+
+
+def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """The time to the first token, in parts, of the full model and of each arm, with a mark where the limit is."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(rows)), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    names = ["full model", *(f"{row['method']}, {row['tokens']['average']:.0f} tokens" for row in rows)]
+    bars = [rows[0]["full"] | dict.fromkeys(OWN, 0.0), *(row["pruned"] | row["own"] for row in rows)]
+    left = [0.0] * len(bars)
+    for label, colour, value in (
+        ("vision tower", "#999999", lambda bar: bar["vision"]),
+        ("rest of the prefill", "#0072B2", lambda bar: bar["prefill"]),
+    ):
+        widths = [1e3 * value(bar) for bar in bars]
+        axes.barh(names, widths, left=left, color=colour, label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    limits = [1e3 * row["limit"]["first"] for row in rows]
+    axes.plot(limits, names[1:], "|", color="black", markersize=22, markeredgewidth=2, label="possible")
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds to the first token (median)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.savefig(path)

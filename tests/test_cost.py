@@ -47,20 +47,38 @@ def test_the_limit_is_linear_in_tokens_at_most():
     assert cost.speed_up_limit([64] * 32, 576, 60, VICUNA, fixed=1e15) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize(("method", "budget"), [("vtc-cls", 4), (FastV(layer=2), 0.5)])
-def test_bench_measures_what_it_says(method, budget):
+def test_bench_measures_what_it_says():
     model = llava()
-    case = bench.Case(batch=2, text_tokens=12, new_tokens=3, rounds=1)
-    result = bench.bench(model, method, budget, case)
-    with vtc.compressed(model, method, budget) as trace:
-        model(**bench._inputs(model, case))
-    visual = trace.tokens_per_layer[0].tolist()
+    case = bench.Case(batch=2, prompt_tokens=12, new_tokens=3, rounds=1)
+    arms = [("vtc-cls", 4), (FastV(layer=2), 0.5)]
     config = model.config.text_config
-    for kind, counts in (("full", [36] * 6), ("pruned", visual), ("limit", visual)):
-        assert result[kind]["kv_bytes"] == pytest.approx(2 * cost.kv_bytes(counts, 12, config, element=4))
-        assert all(value > 0 for value in result[kind].values())
-    assert result["tokens"] == {"full": 36, "average": sum(visual) / 6, "last": visual[-1], "text": 12}
+    for arm, row in zip(arms, bench.bench(model, arms, case), strict=True):
+        with vtc.compressed(model, *arm) as trace:
+            model(**bench._inputs(model, case))
+        visual = trace.tokens_per_layer[0].tolist()
+        for kind, counts in (("full", [36] * 6), ("pruned", visual), ("limit", visual)):
+            assert row[kind]["kv_bytes"] == pytest.approx(2 * cost.kv_bytes(counts, 12, config, element=4))
+            assert all(value > 0 for value in row[kind].values())
+            assert row[kind]["first"] == pytest.approx(row[kind]["vision"] + row[kind]["prefill"], rel=0.5)
+        assert all(0 < row["own"][part] < row["pruned"]["first"] for part in bench.OWN)
+        assert row["tokens"] == {"full": 36, "average": sum(visual) / 6, "last": visual[-1], "text": 12}
+        assert " bind" in row["binds"]
     assert "vtc" not in vars(model)
+    assert "get_image_features" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize(
+    ("vision", "prefill", "words"),
+    [(9.0, 1.0, "vision tower binds: 90%"), (0.1, 1.0, "Weights and launches bind"), (0.1, 0.1, "Compute binds")],
+)
+def test_bench_says_what_binds(vision, prefill, words):
+    """The full prefill takes a second; natively short, `prefill` of one."""
+    row = {
+        "full": {"prefill": 1.0},
+        "limit": {"vision": vision, "prefill": prefill, "first": vision + prefill},
+        "tokens": {"full": 36, "text": 2},
+    }
+    assert words in bench.what_binds(llava(), row, [2] * 6)
 
 
 def test_bench_shapes_are_true_and_an_unknown_one_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,31 +131,34 @@ def _faithfulness(
 
 @app.command()
 def bench(
-    shape: Annotated[
-        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-qwen2-0.5b, or a model folder.")
+    model: Annotated[
+        str,
+        typer.Option("--model", "--shape", help="llava-1.5-7b, llava-1.5-13b, llava-qwen2-0.5b, or a model folder."),
     ] = "llava-qwen2-0.5b",
-    method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "64",
+    methods: Annotated[str, typer.Option("--methods", "--method", help="`vtc methods` lists them.")] = "vtc-cls",
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--budget", help="64 (tokens per image), 0.25 or 25%; commas between several.")
+    ] = "64",
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once, one image each.")] = 1,
-    text_tokens: Annotated[int, typer.Option(min=9, help="Text of each prompt.")] = 60,
+    prompt_tokens: Annotated[int, typer.Option(min=9, help="Text of each prompt.")] = 60,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds after one that warms up; medians count.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Also write the medians to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
 ) -> None:
-    """Measure seconds and KV bytes with and without compression, and what would be possible.
+    """Measure seconds and bytes with and without compression, what would be possible, and what is in the way.
 
-    A true shape with random weights: nothing is downloaded. The unpruned model, the pruned one and the same model on a
-    natively short prompt take turns in one run.
+    A true shape with random weights: nothing is downloaded. In each round the unpruned model, each pruned one and the
+    same model on natively short prompts take turns.
 
     Examples:
 
-      vtc bench --method fastv --budget 0.5
+      vtc bench --methods vtc-cls,fastv --budgets 0.5,0.25
 
-      vtc bench --shape llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --out out/bench.json
+      vtc bench --model llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --budgets 192,128,64 --out out/bench
     """
-    spend = parse_budget(budget)
+    arms = [(method, budget) for method in _split(methods) for budget in parse_budgets(budgets)]
     _quiet()
     import torch
 
@@ -164,18 +168,18 @@ def bench(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
     where = pick_device(device)
-    case = benchmark.Case(batch, text_tokens, new_tokens, rounds)
-    result = benchmark.bench(benchmark.load(shape, getattr(torch, dtype), where), method, spend, case)
+    case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds)
+    rows = benchmark.bench(benchmark.load(model, getattr(torch, dtype), where), arms, case)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    tokens = result["tokens"]
-    title = (
-        f"{shape}, {method}: {tokens['average']:g} of {tokens['full']} visual tokens, batch {batch}, {dtype}, {name}"
-    )
-    Console().print(benchmark.table(result, title))
+    title = f"{model}, batch {batch}, {dtype}, {name}"
+    for row in rows:
+        tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
+        Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        described = {"shape": shape, "method": method, "budget": spend, "dtype": dtype, "device": name}
-        out.write_text(json.dumps({**described, "batch": batch, **result}, indent=2) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        described = {"model": model, "dtype": dtype, "device": name, "case": asdict(case), "rows": rows}
+        (out / "bench.json").write_text(json.dumps(described, indent=2) + "\n")
+        benchmark.picture(rows, out / "bench.png", title)
 
 
 @app.command()
