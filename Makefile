@@ -22,12 +22,15 @@ test: $(READY)
 	$(PY) -m pytest
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
+# lmms-eval goes last and without what it declares: that includes torchvision, whose wheel for CUDA does not even import
+# beside a torch for CPUs and takes transformers down with it. What it really imports is in the extra lmms-eval-lean.
 # Where the system's Python comes without ensurepip (Debian without python3-venv), its own pip fills the environment.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vtc needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=/path/to/a/newer/python3")'
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(PY) install pip; }
 	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
 	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --no-deps $$(grep '^lmms-eval==' constraints.txt)
 	touch $@
 
 clean:

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+Chat = list[dict[str, Any]]
+"""Messages as chat templates take them: a role, and content parts of type "image" or "text"."""
+
 
 @dataclass
 class Reader:
@@ -27,8 +30,17 @@ class Reader:
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Tensor]:
         """What the model reads: one image and one question a row, left-padded, on the model's device."""
-        prompts = [self._prompt(question) for question in questions]
-        batch = self.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+        content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+        return self.chats([[{"role": "user", "content": parts}] for parts in content], [[image] for image in images])
+
+    def chats(self, chats: Sequence[Chat], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        """The same for whole conversations with any number of images a row, listed in the order of their mention."""
+        prompts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        flat = [image for row in images for image in row]
+        # families that cut images into crops have to be told which rows hold several; the others read a flat list
+        several = any(len(row) > 1 for row in images)
+        given = [list(row) for row in images] if several else flat or None
+        batch = self.processor(images=given, text=prompts, return_tensors="pt", padding=True)
         return dict(batch.to(self.device, dtype=self.model.dtype))  # casts floating tensors only
 
     def visual_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -37,20 +49,15 @@ class Reader:
 
     def answers(self, inputs: dict[str, Any], max_new_tokens: int | None = None) -> list[str]:
         """The greedy answer to each prompt, without special tokens."""
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens or self.max_new_tokens,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            )
-        new = output[:, inputs["input_ids"].shape[1] :]
+        new = self.generate(inputs, max_new_tokens=max_new_tokens or self.max_new_tokens)
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    def generate(self, inputs: dict[str, Any], **options: Any) -> Tensor:
+        """(batch, new) token ids after the prompts, padded; greedy unless `options` of `generate` say otherwise."""
+        greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.processor.tokenizer.pad_token_id}
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, **{**greedy, **options})
+        return output[:, inputs["input_ids"].shape[1] :]
 
 
 def model_path(name: str) -> str:
@@ -82,11 +89,12 @@ def pick_device(name: str) -> str:
 def load(path: str, device: str, max_new_tokens: int = 8) -> Reader:
     """Load a checkpoint in its own dtype, ready to answer batches: eval mode, left padding, a pad token.
 
+    `device` may be a device map of transformers, such as "auto", which spreads the model over all GPUs.
     Raises OSError (from transformers) when `path` is neither a model folder nor a hub id that can be reached.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", device_map=device).eval()
     processor = AutoProcessor.from_pretrained(path)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # answers are generated: every row has to end with its last prompt token

@@ -67,10 +67,10 @@ class Arm:
 
 
 class Store:
-    """The result lines of one run in `folder`/results.jsonl: append-only, flushed a batch at a time."""
+    """The result lines of one run in a file: append-only, flushed a batch at a time."""
 
-    def __init__(self, folder: Path):
-        self.path = folder / "results.jsonl"
+    def __init__(self, path: Path):
+        self.path = path
         self.lines: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             self._read()
@@ -112,7 +112,7 @@ def evaluate(
     _check(settings)
     path, device = model_path(settings.model), pick_device(settings.device)
     open_folder(out, configuration(settings, path, device), restart)
-    store = Store(out)
+    store = Store(out / "results.jsonl")
     examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
     reader = load(path, device, settings.max_new_tokens)
     arms = plan(reader, settings, examples[0])

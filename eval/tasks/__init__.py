@@ -1,0 +1,53 @@
+"""scenes as a task of lmms-eval: what `vtc_scenes.yaml` refers to.
+
+The data file holds no images: it says which split, seed and how many questions, and a document is drawn when it is
+asked for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+from vtc.eval import report, scenes
+
+PATH = Path(__file__).parent
+"""The folder to give lmms-eval as --include_path."""
+
+
+@lru_cache(maxsize=4096)
+def _example(split: scenes.Split, seed: int, index: int) -> scenes.Example:
+    return scenes.example(split, seed, index)
+
+
+def documents(dataset: Dataset) -> Dataset:
+    """One document a question, {"split", "seed", "index"}, for each line of the data file."""
+    return Dataset.from_list(
+        [{"split": row["split"], "seed": row["seed"], "index": i} for row in dataset for i in range(row["questions"])]
+    )
+
+
+def example(doc: dict[str, Any]) -> scenes.Example:
+    return _example(doc["split"], doc["seed"], doc["index"])
+
+
+def images(doc: dict[str, Any]) -> list[Image.Image]:
+    return [example(doc).image]
+
+
+def question(doc: dict[str, Any]) -> str:
+    return example(doc).question
+
+
+def answer(doc: dict[str, Any]) -> str:
+    return example(doc).answer
+
+
+def score(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
+    """The accuracy over all questions, and that of the question's own kind."""
+    correct = float(report.is_correct(replies[0], answer(doc)))
+    return {"accuracy": correct, f"accuracy_{example(doc).task}": correct}
