@@ -133,8 +133,25 @@ def task_table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
-def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw accuracy against measured visual tokens, with 95 % bands and the lines of the full and the blind model."""
+def metrics_table(rows: list[dict[str, Any]]) -> Table:
+    """A benchmark's own metrics over all questions, a line a row."""
+    from rich.table import Table
+
+    grid = Table("method", "budget", "metrics", title="as the benchmark counts")
+    for row in rows:
+        budget = written(row["budget"]) + ("" if row["reachable"] else " *")
+        values = [f"{name.removesuffix(',none')} {value:.4g}" for name, value in row["metrics"].items()]
+        grid.add_row(row["method"], budget, ", ".join(values))
+    return grid
+
+
+def picture(
+    rows: list[dict[str, Any]], path: Path, title: str, published: Sequence[tuple[str, float, float]] = ()
+) -> None:
+    """Draw accuracy against measured visual tokens, with 95 % bands and the lines of the full and the blind model.
+
+    `published`: (method, tokens, accuracy) of papers, for crosses in the method's colour.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
     except ImportError:
@@ -157,6 +174,11 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             (0.01, row["accuracy"]), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", color="0.3", fontsize=9,
         )  # fmt: skip
+    for method, tokens, accuracy in published:
+        colour = COLOURS[order.index(method) % len(COLOURS)] if method in order else "0.6"
+        axes.plot(tokens, accuracy, "x", color=colour, markersize=6, zorder=2)
+    if published:
+        axes.plot([], [], "x", color="0.3", label="published")
     _dress(axes, rows, title, hollow=not all(row["reachable"] for row in rows))
     figure.savefig(path)
 

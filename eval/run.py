@@ -101,16 +101,22 @@ def _key(line: dict[str, Any]) -> str:
 
 
 def evaluate(
-    settings: Settings, out: Path, restart: bool = False, console: Console | None = None
+    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, console: Console | None = None
 ) -> list[dict[str, Any]]:
     """Run what is missing of `settings` in the folder `out`, write the summary, the configuration and the picture.
 
-    Returns the summary rows. Raises ValueError for unknown methods and for a folder that holds another run.
+    With `dry_run` it writes nothing and ends when every arm answered one question.
+
+    Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and for a folder that holds
+    another run.
     """
     from vtc.eval import scenes
 
     _check(settings)
     path, device = model_path(settings.model), pick_device(settings.device)
+    if dry_run:
+        plan(load(path, device), settings, scenes.example("test", settings.seed, 0))
+        return []
     open_folder(out, configuration(settings, path, device), restart)
     store = Store(out / "results.jsonl")
     examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
@@ -123,7 +129,7 @@ def evaluate(
         (arm.method, arm.budget, arm.reachable, [store.lines[arm.key(e.question_id)] for e in examples]) for arm in arms
     ]
     rows = report.summarise(groups, settings.seed)
-    _write_json(out / "summary.json", rows)
+    write_json(out / "summary.json", rows)
     report.picture(rows, out / "curve.png", f"{settings.model}: accuracy over {len(examples)} questions of scenes")
     return rows
 
@@ -224,17 +230,20 @@ def resolve(method: str) -> str | vtc.Method:
 
 
 def _check(settings: Settings) -> None:
-    known = [*vtc.methods(), SMALLER]
-    for method in settings.methods:
-        if method not in known and method not in report.ALWAYS and not isinstance(resolve(method), vtc.Method):
-            raise ValueError(f"unknown method {method!r}; the methods are {', '.join(known)}")
+    check_methods(settings.methods, [*vtc.methods(), SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(settings, name)}")
 
 
-def configuration(settings: Settings, path: str, device: str) -> dict[str, Any]:
-    """All that a run depends on, as it is written to config.json."""
+def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
+    for method in methods:
+        if method not in known and method not in report.ALWAYS and not isinstance(resolve(method), vtc.Method):
+            raise ValueError(f"unknown method {method!r}; the methods are {', '.join(known)}")
+
+
+def configuration(settings: Any, path: str, device: str) -> dict[str, Any]:
+    """All that a run depends on, as it is written to config.json; `settings` is a dataclass."""
     packages = ("torch", "transformers", "vtc")
     return {
         "settings": json.loads(json.dumps(asdict(settings))),
@@ -264,7 +273,8 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in ("run", "reader", "scenes")}
+    harness = ("run", "reader", "scenes", "suites", "suite_model")
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
     digest = hashlib.sha256()
     for file in sorted(files - {library / "cli.py"}):
         digest.update(file.name.encode() + file.read_bytes())
@@ -286,12 +296,16 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def open_folder(out: Path, config: dict[str, Any], restart: bool) -> None:
-    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another."""
-    results, settings = out / "results.jsonl", out / "config.json"
+def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> None:
+    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another.
+
+    `results` is the name, or the pattern of the names, of the files that tell that something was run there.
+    """
+    found, settings = list(out.glob(results)), out / "config.json"
     if restart:
-        results.unlink(missing_ok=True)
-    elif results.exists():
+        for file in found:
+            file.unlink()
+    elif found:
         differing = _differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
         if differing:
             raise ValueError(
@@ -300,7 +314,7 @@ def open_folder(out: Path, config: dict[str, Any], restart: bool) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(settings, config)
+    write_json(settings, config)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -314,7 +328,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} {old.get(name, 'unknown')} there, {new.get(name, 'unknown')} here" for name in names]
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)  # whole or not at all

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ class Measured(TokenCounts):
 
     visual_tokens: float = 0.0
     """Of all the prompt's images, averaged over the decoder layers."""
-    prefill_ms: float = 0.0
-    """Of the decoder, an equal share of the batch's for each row."""
+    prefill_ms: float | None = None
+    """Of the decoder, an equal share of the batch's for each row; None for prompts without an image."""
     kv_bytes: int = 0
     """Keys and values of the prompt after the prefill, without the batch's padding."""
 
@@ -123,9 +123,10 @@ class Vtc(lmms):
     def _known_or_asked(self, requests: list[Instance]) -> list[GenerationResult]:
         if self.replies is None:
             return self._answers(requests)
-        missing = [request for request in requests if self._key(request) not in self.replies.lines]
+        missing = {self._key(request): request for request in requests}
+        missing = [request for key, request in missing.items() if key not in self.replies.lines]
         lines = [
-            {**self._identity(request), "prediction": reply.text, "measured": reply.token_counts.__dict__}
+            {**self._identity(request), "prediction": reply.text, "measured": asdict(reply.token_counts)}
             for request, reply in zip(missing, self._answers(missing), strict=True)
         ]
         self.replies.add(lines)
@@ -167,13 +168,13 @@ class Vtc(lmms):
         text = (inputs["attention_mask"].bool() & (inputs["input_ids"] != adapter.image_token_id)).sum(1).tolist()
         written = (new != tokenizer.pad_token_id).sum(1).tolist()
         layers, element = trace.tokens_per_layer.tolist(), torch.finfo(model.dtype).bits // 8
-        milliseconds = 1000 * trace.seconds["prefill"] / len(prompt)
+        seconds = trace.seconds.get("prefill")
         return [
             Measured(
                 input_tokens=prompt[row],
                 output_tokens=written[row],
                 visual_tokens=sum(visual) / len(visual),
-                prefill_ms=milliseconds,
+                prefill_ms=seconds and 1000 * seconds / len(prompt),
                 kv_bytes=kv_bytes(visual, text[row], adapter.decoder.config, element),
             )
             for row, visual in enumerate(layers)
@@ -189,8 +190,10 @@ class Vtc(lmms):
         everywhere = gather_object(own)
         means = {"processes": self.accelerator.num_processes}
         for task in dict.fromkeys(task for task, _ in everywhere):
-            counts = [count for name, count in everywhere if name == task]
-            means |= {f"{task}/{name}": sum(getattr(c, name) for c in counts) / len(counts) for name in MEASURES}
+            for measure in MEASURES:
+                values = [getattr(count, measure) for name, count in everywhere if name == task]
+                known = [value for value in values if value is not None]
+                means[f"{task}/{measure}"] = sum(known) / len(known) if known else None
         written = sum(count.output_tokens for _, count in everywhere)
         log_metrics(seconds, written, written / seconds, means)
 

@@ -67,7 +67,16 @@ def evaluate(
         str,
         typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
     ] = "0.5,0.25,0.11",
-    limit: Annotated[int, typer.Option(min=1, help="Test questions.")] = 1000,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Benchmarks of lmms-eval instead of scenes, comma-separated: pope,mme,gqa,... Their own prompts, "
+            "metrics and lengths count; --suffix and --max-new-tokens do not."
+        ),
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each task; unless given 1000 of scenes, all of a benchmark.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
@@ -78,6 +87,10 @@ def evaluate(
     ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check model, methods, tasks and data on one question each, and stop."),
+    ] = False,
     by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task.")] = False,
     faithfulness: Annotated[
         bool,
@@ -86,10 +99,11 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Measure accuracy against token budget on the scenes benchmark.
+    """Measure accuracy against token budget on the scenes benchmark, or with --tasks on benchmarks of lmms-eval.
 
     Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
-    config.json and curve.png to --out. Killed and run again, it goes on where it was.
+    config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
+    as many processes, by torchrun or accelerate launch.
 
     Examples:
 
@@ -98,6 +112,8 @@ def evaluate(
       vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
 
       vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
+
+      vtc eval --model llava-hf/llava-1.5-7b-hf --tasks pope,gqa --batch-size 8 --out out/suites
     """
     chosen, spend = _split(methods), parse_budgets(budgets)
     _need("matplotlib", "sklearn", extra="eval")
@@ -105,15 +121,47 @@ def evaluate(
     from vtc.eval import report, run
 
     console = Console()
-    if faithfulness:
-        _faithfulness(model, chosen, limit, seed, device, out, console)
+    if tasks:
+        _suites(_split(tasks), model, chosen, spend, limit, seed, batch_size, device, out, restart, dry_run, console)
         return
-    settings = run.Settings(model, chosen, spend, limit, seed, batch_size, max_new_tokens, suffix, device)
-    rows = run.evaluate(settings, out, restart=restart, console=console)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
+    if faithfulness:
+        _faithfulness(model, chosen, limit or 1000, seed, device, out, console)
+        return
+    settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
+    rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=console)
+    if dry_run:
+        console.print("dry run: the model answers, and every budget is within reach or shown at its floor")
+        return
     console.print(report.table(rows))
     if by_task:
         console.print(report.task_table(rows))
     console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+
+
+def _suites(
+    tasks: tuple[str, ...],
+    model: str,
+    methods: tuple[str, ...],
+    budgets: tuple[int | float, ...],
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    device: str,
+    out: Path,
+    restart: bool,
+    dry_run: bool,
+    console: Console,
+) -> None:
+    from vtc.eval import published, report, suites
+
+    settings = suites.Settings(tasks, model, methods, budgets, limit, seed, batch_size, device)
+    for task, rows in suites.evaluate(settings, out, restart, dry_run).items():
+        console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
+        if figures := published.table(task):
+            console.print(figures)
+        console.print(f"{escape(str(out / task))}: curve.png, summary.json, results.jsonl")
 
 
 def _faithfulness(

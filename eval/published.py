@@ -1,0 +1,76 @@
+"""The papers' own figures, to lie beside ours: `published.json`, a table of a paper an entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of one paper. `tokens` per image as the paper counts them; None where it only gives a rate."""
+
+    benchmark: str
+    """lmms-eval's name of the task where it has one."""
+    model: str
+    method: str
+    tokens: float | None
+    value: float
+    unit: str
+    full: float | None
+    """The same table's value of the unpruned model."""
+    source: str
+
+
+@cache
+def figures() -> tuple[Figure, ...]:
+    """All of `published.json`."""
+    tables = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return tuple(figure for table in tables for figure in _of(table))
+
+
+def _of(table: dict) -> Iterator[Figure]:
+    full = next((row["values"] for row in table["rows"] if row["method"] == "full"), None)
+    for row in table["rows"]:
+        for column, (benchmark, value) in enumerate(zip(table["benchmarks"], row["values"], strict=True)):
+            if value is not None:
+                yield Figure(
+                    benchmark,
+                    row.get("model", table["model"]),
+                    row["method"],
+                    row["tokens"],
+                    value,
+                    table["unit"],
+                    full[column] if full else None,
+                    table["source"],
+                )
+
+
+def points(benchmark: str, checkpoint: str) -> list[tuple[str, float, float]]:
+    """(method, tokens, accuracy from 0 to 1) on a benchmark, where `checkpoint` is the model that the papers ran."""
+    same = [f for f in figures() if f.benchmark == benchmark and f.model.lower() in checkpoint.lower()]
+    return [(f.method, f.tokens, f.value / 100) for f in same if f.unit == "percent" and f.tokens]
+
+
+def table(benchmark: str) -> Table | None:
+    """What papers say about a benchmark; None where they say nothing."""
+    from rich.table import Table
+
+    found = [figure for figure in figures() if figure.benchmark == benchmark]
+    if not found:
+        return None
+    grid = Table(title=f"published: {benchmark}")
+    for name in ("model", "method", "tokens", "value", "% of full", "source"):
+        grid.add_column(name, justify="right" if name in ("tokens", "value", "% of full") else "left")
+    for f in found:
+        tokens = "" if f.tokens is None else f"{f.tokens:g}"
+        relative = f"{100 * f.value / f.full:.1f}" if f.full else ""
+        grid.add_row(f.model, f.method, tokens, f"{f.value:g}", relative, f.source)
+    return grid
