@@ -1,6 +1,7 @@
 """What vtc has to know about a model family, and the registry that finds it.
 
 A family is one file in `integrations/`: a subclass of `Adapter` under `@register`. Nothing in `vtc` names a family.
+What stands here is right for a tower like CLIP's or SigLIP's before a decoder like Llama's; families override the rest.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from vtc.observe import Attention
+from vtc.observe import Attention, Part, TowerStates
 from vtc.stage import Shape
 
 ADAPTERS: dict[str, type[Adapter]] = {}
@@ -24,9 +26,18 @@ class Adapter:
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of `config.model_type` that this adapter serves."""
+    pixel_mean: ClassVar[tuple[float, ...]] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: ClassVar[tuple[float, ...]] = (0.26862954, 0.26130258, 0.27577711)
+    """What the image processor normalises by."""
+    joins_tiles: ClassVar[bool] = False
+    """Whether features come tile by tile, and tiles whose placeholders touch are one image."""
+    window_cuts_blocks: ClassVar[bool] = True
+    """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+    # -- the decoder ----------------------------------------------------------------------------------------------
 
     @property
     def backbone(self) -> nn.Module:
@@ -47,39 +58,120 @@ class Adapter:
     def image_token_id(self) -> int:
         return self.model.config.image_token_id
 
-    def tower_blocks(self) -> Sequence[nn.Module]:
-        """The vision tower's blocks, up to and including the one whose output the projector reads."""
-        raise NotImplementedError
-
-    def has_cls(self) -> bool:
-        """Whether token 0 of the tower's sequence is a CLS token that the projector does not read."""
-        raise NotImplementedError
-
-    def tower_attention(self, block: nn.Module) -> Attention:
-        """The attention parts of one tower block."""
-        raise NotImplementedError
+    def placeholders(self) -> dict[str, int]:
+        """The token that stands for visual tokens in a prompt, by modality: "image", and "video" where there is one."""
+        found = {"image": self.image_token_id}
+        if hasattr(self.backbone, "get_video_features"):
+            found["video"] = self.model.config.video_token_id
+        return found
 
     def decoder_attention(self, layer: nn.Module) -> Attention:
-        """The attention parts of one decoder layer; right for every Llama-like layer."""
+        """The attention parts of one decoder layer."""
         attention, config = layer.self_attn, self.decoder.config
-        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-        return Attention(attention.q_proj, attention.k_proj, heads, key_heads, attention.scaling)
+        return Attention(
+            attention.q_proj,
+            attention.k_proj,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.scaling,
+            getattr(attention, "q_norm", None),
+            getattr(attention, "k_norm", None),
+            getattr(attention, "attn_logit_softcapping", None),
+        )
+
+    def window(self, layer: nn.Module) -> int | None:
+        """How many positions back a decoder layer sees; None where it sees all."""
+        attention = layer.self_attn
+        return getattr(attention, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
+
+    def branches(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """The modules of one decoder layer whose outputs are what goes into and comes out of its two residual branches.
+
+        Where the layer normalises what comes out, too, that is what is added to the residual.
+        """
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            names = ("input_layernorm", "post_attention_layernorm")
+            names += ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        else:
+            names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        labels = ("attention in", "attention out", "feed-forward in", "feed-forward out")
+        return {label: getattr(layer, name) for label, name in zip(labels, names, strict=True)}
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of (batch, heads, length, head_dim) by (batch, length, head_dim), half-split convention."""
         first, second = x.chunk(2, dim=-1)
         return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
+    def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(batch, length) int64: tokens with the same number >= 0 see each other both ways; None: all is causal.
+
+        `inputs` are the backbone's keyword arguments.
+        """
+        return None
+
+    def late_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Take what the decoder would add to its states after its first layers out of its keyword arguments.
+
+        Returns those without it, and for each of these layers (batch, length, width).
+        """
+        return kwargs, []
+
+    # -- the vision tower -----------------------------------------------------------------------------------------
+
+    def tower_blocks(self) -> Sequence[nn.Module]:
+        """The vision tower's blocks that can be scored by, the last being the one whose output the projector reads."""
+        blocks = self.backbone.vision_tower.encoder.layers
+        read = getattr(self.model.config, "vision_feature_layer", -1)
+        # hidden_states[i] is the output of block i - 1; several layers may be read and concatenated
+        last = max(layer % (len(blocks) + 1) for layer in ([read] if isinstance(read, int) else read))
+        return blocks[:last]
+
+    def has_cls(self) -> bool:
+        """Whether token 0 of the tower's sequence is a CLS token that the projector does not read."""
+        return getattr(self.model.config, "vision_feature_select_strategy", "full") == "default"
+
+    def tower_attention(self, block: nn.Module) -> Attention:
+        """The attention parts of one tower block."""
+        attention = block.self_attn
+        return Attention(attention.q_proj, attention.k_proj, attention.num_heads, attention.num_heads, attention.scale)
+
+    def tower_modules(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The modules whose outputs `tower_states` needs, by name."""
+        attention = self.tower_attention(block)
+        return {"query": attention.query, "key": attention.key}
+
+    def tower_states(self, block: nn.Module, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
+        """Queries and keys of one tower block, from the outputs of `tower_modules` and the encoder's arguments."""
+        attention = self.tower_attention(block)
+        return TowerStates(attention.queries(record["query"]), attention.keys(record["key"]), attention.scale)
+
+    def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
+        """From a map over the tower's patches, (crops, patches, channels), to (tokens, channels) of each image.
+
+        The model's own way from patches to visual tokens: groups that are merged become their mean.
+        `call` holds the arguments of `get_image_features` or `get_video_features`.
+        """
+        return list(patches)
+
+    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Part]]:
+        """The grids that the `sizes` tokens of each image form, in token order: tiles, frames."""
+        return [[self.grid(size)] for size in sizes]
+
+    def pixels(self, call: dict[str, Any]) -> Tensor:
+        """The pixels of the tower's patches: (crops, patches, channels, pixels)."""
+        pixels, size = call["pixel_values"], self.patch_size()
+        return rearrange(pixels, "i c (h p) (w q) -> i (h w) c (p q)", p=size, q=size)
+
     def patch_size(self) -> int:
-        """Pixels on the side of the square that becomes one visual token."""
+        """Pixels on the side of the tower's patches."""
         return self.model.config.vision_config.patch_size
 
     def tokens_per_image(self) -> int | None:
         """Visual tokens of an image where the family fixes that number, else None."""
         return None
 
-    def grid(self, tokens: int) -> tuple[int, int]:
-        """(height, width) of the patch grid of an image with this many tokens."""
+    def grid(self, tokens: int) -> Part:
+        """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
             raise ValueError(

@@ -7,6 +7,7 @@ to the cache object (`CacheState`); never to the module. So threads may share a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
 from vtc import compact, merge
-from vtc.observe import Need, Record, Seen, attention_rows, split_heads
+from vtc.observe import Need, Part, Record, Seen, attention_rows
 from vtc.select import Selection
 from vtc.stage import Stage
 from vtc.trace import Clock, StageTrace, Trace
@@ -31,13 +32,44 @@ current: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
 
 @dataclass
 class Encoded:
-    """What the vision tower showed about one image. It travels on the feature tensor, so that it survives whatever
-    generate() does with the list of features between encoding and prefill (beams repeat its entries)."""
+    """What the vision tower showed about one image or video."""
 
     rows: dict[Need, Tensor]
-    """(heads, tokens) of each need."""
+    """(channels, tokens) of each need."""
+    parts: list[Part]
+    """The grids that its tokens form, in token order."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(height * width for height, width in self.parts)
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """Both as one image."""
+        rows = {need: torch.cat((row, other.rows[need]), dim=1) for need, row in self.rows.items()}
+        return Encoded(rows, self.parts + other.parts)
+
+
+@dataclass
+class Encoding:
+    """What one run of the tower showed. It travels as an attribute of the encoder's output object, which generate()
+    hands from encoding to prefill; for beams it repeats that object's features, row by row of the batch."""
+
+    images: list[Encoded]
+    entries: int
+    """Features of the output object, before any were repeated."""
     spans: list[tuple[str, object, object]]
     """What the tower and the projector took, and what those rows took, as `Clock` holds it."""
+
+    def repeated(self, copies: int, tokens_per_row: list[int]) -> list[Encoded]:
+        """The images in prompt order of a batch whose rows, with so many visual tokens, come in runs of `copies`."""
+        images, result = iter(self.images), []
+        for tokens in tokens_per_row[::copies]:
+            row = []
+            while tokens > 0:
+                row.append(next(images))
+                tokens -= row[-1].tokens
+            result += row * copies
+        return result
 
 
 @dataclass
@@ -48,6 +80,8 @@ class Span:
     length: int = 0
     mask: Tensor | None = None
     """(batch, length) bool: which cached keys are real; None when all are."""
+    origins: Tensor | None = None
+    """(batch, length): the column of each key in the unpruned prompt; None where none has left."""
 
 
 @dataclass
@@ -94,14 +128,13 @@ class Tokens:
     counts: list[int]
 
     @classmethod
-    def locate(cls, image_mask: Tensor, sizes: list[int]) -> Tokens:
-        """Split the placeholders of a (batch, length) mask over images with `sizes` tokens, in prompt order."""
-        length, device = image_mask.shape[1], image_mask.device
-        flat = torch.nonzero_static(image_mask.flatten(), size=sum(sizes))[:, 0].split(sizes)
-        position = pad_sequence([part % length for part in flat], batch_first=True)
+    def locate(cls, places: list[Tensor], length: int, rows: list[int]) -> Tokens:
+        """From each image's places in the flattened (batch, length) prompt."""
+        sizes, device = [len(part) for part in places], places[0].device
+        position = pad_sequence([part % length for part in places], batch_first=True)
         index = torch.arange(position.shape[1], device=device).expand_as(position)
         valid = index < torch.tensor(sizes, device=device)[:, None]
-        return cls(position, index, valid, torch.stack([part[0] // length for part in flat]), sizes)
+        return cls(position, index, valid, torch.tensor(rows, device=device), sizes)
 
 
 @dataclass
@@ -109,10 +142,14 @@ class Forward:
     """One call of the model, from the backbone's entry to its exit."""
 
     compression: Compression
-    image_mask: Tensor | None
-    """(batch, length) bool: the image placeholders."""
-    features: list[Tensor] = field(default_factory=list)
-    """The projected features of each image, in prompt order: (tokens, hidden)."""
+    inputs: dict[str, Any]
+    """The backbone's keyword arguments."""
+    modalities: dict[str, Tensor]
+    """(batch, length) bool for each modality: its placeholders."""
+    encodings: dict[str, tuple[Encoding | None, int]] = field(default_factory=dict)
+    """By modality what the tower showed, and how many features the encoder's output holds."""
+    images: list[Encoded] = field(default_factory=list)
+    """The images and videos in prompt order."""
     record: Record = field(default_factory=dict)
     """What the hooks on the decoder have written."""
     rows: dict[Need, Tensor] = field(default_factory=dict)
@@ -146,34 +183,61 @@ class Forward:
     """(batch, length): what those gates add to the logits of each key."""
     shift: Tensor | None = None
     """(batch, 1): see `CacheState.shift`."""
-    rotary: tuple[Tensor, Tensor] | None = None
-    replaced: dict[str, Any] = field(default_factory=dict)
-    """The keyword arguments that the current span of layers gets instead of the text model's own."""
+    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The rotary tables of each decoder layer, over the sequence that it runs on."""
+    index: Tensor | None = None
+    """(batch, length): which position each one of the current sequence had when the decoder began; None: the same."""
+    origins: Tensor | None = None
+    """(batch, length): the column of each position in the unpruned prompt; None where no token has left."""
+    blocks: Tensor | None = None
+    """(batch, length): see `Adapter.blocks`."""
+    late: list[Tensor] = field(default_factory=list)
+    """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
+    own: bool = False
+    """Whether layers get masks, positions and rotary tables from here instead of the text model's own."""
+    made: dict[Any, Any] = field(default_factory=dict)
+    """The masks and rotary tables of the current span."""
 
     # -- entry ----------------------------------------------------------------------------------------------------
 
     def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the text model runs: locate the tokens, run the encoder-site stages, align masks and positions."""
-        embeds, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        embeds, attention_mask = kwargs["inputs_embeds"], self._two_dimensional(kwargs)
         self.batch, self.entered = embeds.shape[:2]
         self.length, self.device = self.entered, embeds.device
         self.started = Clock.now(self.device)
         self.cache = kwargs.get("past_key_values")
         self.lengths = [self.length] * self.batch
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask is not None:
             self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
             self.lengths = self.mask.sum(1).tolist()
         self.state = self._past(attention_mask)
         self.shift = self.state.shift
         self._plan()
         if self.busy:
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+            self._check(kwargs)
             if self.tokens is not None:
                 self._observe_tower()
+            kwargs, self.late = self.compression.adapter.late_features(kwargs)
+            blocks = self.compression.adapter.blocks(self.inputs) if not self.state.seen else None
+            self.blocks = None if blocks is None else blocks.to(self.device)
             kwargs = self._encoder_site(embeds, kwargs)
         self._begin_span(0)
         return kwargs
+
+    def _two_dimensional(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """The (batch, cached + current) mask. A family that makes its own masks out of it got it one call earlier."""
+        masks = (kwargs.get("attention_mask"), self.inputs.get("attention_mask"))
+        return next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2), None)
+
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        """Raise for what cannot be pruned exactly."""
+        given = self.inputs.get("attention_mask")
+        if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
+            raise ValueError(
+                "vtc prunes under attention masks of shape (batch, length); this one is "
+                f"{'4-D' if isinstance(given, Tensor) else 'prepared'}"
+            )
 
     def _encoder_site(self, embeds: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions = kwargs.get("position_ids")
@@ -184,12 +248,16 @@ class Forward:
         for number, stage in enumerate(self.compression.stages):
             if stage.layer == 0:
                 embeds, positions = self.run_stage(number, embeds, positions)
+        self.index = None  # the text model makes its rotary tables out of these positions
         if not self.sources and self.state.span(0).length == self.state.seen and self.shift is None:
             return kwargs
-        mask = self._visible(0)
-        if mask is None and self.cache is None:
-            # gapped positions with neither mask nor cache would be taken for packed sequences
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device)
+        self.own = True
+        mask = kwargs.get("attention_mask")
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = self._visible(0)
+            if mask is None and self.cache is None:
+                # gapped positions with neither mask nor cache would be taken for packed sequences
+                mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device)
         return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
 
     def _past(self, attention_mask: Tensor | None) -> CacheState:
@@ -209,28 +277,54 @@ class Forward:
     def _plan(self) -> None:
         """How many tokens of each image stay at each stage, and whether that means any work."""
         compression = self.compression
-        sizes = [len(feature) for feature in self.features]
+        rows = self._locate()
+        sizes = [image.tokens for image in self.images]
         self.keep = [compression.keep(size) for size in sizes]
         drops = any(kept and min(kept) < size for kept, size in zip(self.keep, sizes, strict=True))
         self.busy = drops or len(self.state.spans) > 1 or self.state.span(0).length != self.state.seen
-        if sizes:
-            self.tokens = Tokens.locate(self.image_mask.to(self.device), sizes)
         if sizes or self.state.trace.depth == 0:
-            rows = self.tokens.row.tolist() if sizes else []
-            self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes)
-            if sizes and hasattr(self.features[0], "vtc"):
-                self.state.trace.clock.spans += self.features[0].vtc.spans
+            parts = [image.parts for image in self.images]
+            self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes, parts)
+            for encoding, _ in self.encodings.values():
+                self.state.trace.clock.spans += encoding.spans
             compression.publish(self.state.trace)
         if sizes and not self.busy:
             for number in range(len(compression.stages)):
                 self._note(number, Selection(self.tokens.valid))
 
+    def _locate(self) -> list[int]:
+        """Find the images in the prompt: `images` and `tokens` in prompt order. Returns the batch row of each."""
+        found = []
+        for modality, (encoding, entries) in self.encodings.items():
+            if encoding is None:
+                raise RuntimeError(
+                    "these image features were encoded before vtc.wrap: the tower was not observed; encode them anew"
+                )
+            mask, images = self.modalities[modality].to(self.device), encoding.images
+            if entries != encoding.entries:
+                images = encoding.repeated(entries // encoding.entries, mask.sum(1).tolist())
+            sizes = [image.tokens for image in images]
+            places = torch.nonzero_static(mask.flatten(), size=sum(sizes))[:, 0].split(sizes)
+            found += zip(images, places, strict=True)
+        if not found:
+            return []
+        ends = torch.stack([place[[0, -1]] for _, place in found]).tolist()
+        found = [(*image, *end) for image, end in sorted(zip(found, ends, strict=True), key=lambda pair: pair[1])]
+        if self.compression.adapter.joins_tiles:
+            found = _joined(found, self.length)
+        rows = [first // self.length for *_, first, _ in found]
+        self.images = [image for image, *_ in found]
+        self.tokens = Tokens.locate([place for _, place, *_ in found], self.length, rows)
+        return rows
+
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def enter_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Before decoder layer `layer` runs: its stage, if it has one, and then the arguments of its span."""
-        if not self.replaced:
-            self.rotary = kwargs["position_embeddings"]
+        tables = kwargs["position_embeddings"]
+        self.rotary[layer] = self._carried(tables)
+        if 0 < layer <= len(self.late):
+            hidden = hidden + self.late[layer - 1].to(hidden)
         if self.tokens is not None:
             self._observe_layer(layer, hidden)
         changes = self.changes
@@ -240,22 +334,56 @@ class Forward:
         past_starts = any(span.start == layer for span in self.state.spans)
         if layer and (self.changes > changes or past_starts):
             self._begin_span(layer)
-            # without position_ids no kernel can mistake their gaps for packed sequences
-            self.replaced = {
-                "attention_mask": self._attention_mask(layer, hidden),
-                "position_embeddings": self.rotary,
-                "position_ids": None,
-            }
-        return hidden, {**kwargs, **self.replaced}
+            self.own, self.made = True, {}
+            self.rotary[layer] = self._carried(tables)
+        if not self.own:
+            return hidden, kwargs
+        # without position_ids no kernel can mistake their gaps for packed sequences
+        own = {"attention_mask": self._mask(layer, hidden), "position_embeddings": self.rotary[layer]}
+        return hidden, {**kwargs, **own, "position_ids": None}
 
-    def _attention_mask(self, layer: int, hidden: Tensor) -> Any:
-        """The mask for the attention kernel of the layers from `layer` on, as transformers makes it; gates on top."""
+    def _carried(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The text model's rotary tables over the current sequence."""
+        if self.index is None:
+            return tables
+        if id(tables) not in self.made:  # they are kept beside the result, so that no other object gets their id
+            self.made[id(tables)] = tables, tuple(compact.gather(table, self.index) for table in tables)
+        return self.made[id(tables)][1]
+
+    def _mask(self, layer: int, hidden: Tensor) -> Any:
+        """The mask for the attention kernel of decoder layer `layer`; layers of one span and window share it."""
+        window = self._window(layer)
+        if ("mask", window) not in self.made:
+            self.made["mask", window] = self._attention_mask(layer, hidden, window)
+        return self.made["mask", window]
+
+    def _window(self, layer: int) -> int | None:
+        """The sliding window of a decoder layer, where it hides anything."""
+        adapter = self.compression.adapter
+        window = adapter.window(adapter.layers[layer])
+        return window if window is not None and window < self.state.seen + self.entered else None
+
+    def _attention_mask(self, layer: int, hidden: Tensor, window: int | None) -> Any:
+        """As transformers makes it, from the original columns where they matter; gates on top."""
+        adapter, past = self.compression.adapter, self.state.span(layer)
+        config, blocks, overlay = adapter.decoder.config, None, None
+        if self.blocks is not None:
+            blocks = torch.nn.functional.pad(self.blocks, (past.length, 0), value=-1)
+        if window is not None:
+            if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
+                raise ValueError(
+                    f"{config._attn_implementation} counts its sliding window of {window} tokens over the tokens that "
+                    "are left: use sdpa, eager or flex attention, or a prompt within the window"
+                )
+            overlay = _window_overlay(self._origins(layer), window, None if adapter.window_cuts_blocks else blocks)
         mask = create_causal_mask(
-            config=self.compression.adapter.decoder.config,
+            config=config,
             inputs_embeds=hidden,
             attention_mask=self._visible(layer),
             past_key_values=self.cache,
             layer_idx=layer,
+            or_mask_function=None if blocks is None else _block_overlay(blocks),
+            and_mask_function=overlay,
             allow_is_causal_skip=self.bias is None,
         )
         if self.bias is None:
@@ -268,6 +396,15 @@ class Forward:
         bias = (self.bias[:, None] * others).to(hidden.dtype)
         return mask + torch.nn.functional.pad(bias, (mask.shape[-1] - self.length, 0))[:, None]
 
+    def _origins(self, layer: int) -> Tensor:
+        """(batch, cached + current): the columns in the unpruned prompt of the keys of decoder layer `layer`."""
+        past = self.state.span(layer)
+        before = torch.arange(past.length, device=self.device)[None] if past.origins is None else past.origins
+        now = self.origins
+        if now is None:
+            now = torch.arange(self.state.seen, self.state.seen + self.length, device=self.device)[None]
+        return torch.cat((before.expand(self.batch, -1).to(self.device), now.expand(self.batch, -1)), dim=1)
+
     def run_stage(self, number: int, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Score, select, compact: hidden (batch, length, width) and positions (..., batch, length) of what is left."""
         tokens, counts = self.tokens, [keep[number] for keep in self.keep]
@@ -277,8 +414,8 @@ class Forward:
             self._note(number, Selection(tokens.valid))
             return hidden, positions
         stage, span = self.compression.stages[number], self.state.trace.clock.span
-        grids = [self.compression.adapter.grid(len(feature)) for feature in self.features]
-        seen = Seen({need: self.rows[need] for need in stage.needs}, self.alive, tokens.index, grids)
+        parts = [image.parts for image in self.images]
+        seen = Seen({need: self.rows[need] for need in stage.needs}, self.alive, tokens.index, parts)
         with span("score", hidden.device):
             scores = stage.score(seen)
         with span("select", hidden.device):
@@ -300,16 +437,23 @@ class Forward:
         self, stage: Stage, keep: Tensor, counts: list[int], hidden: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """States, positions and rotary tables of what stays."""
+        origins = self._origins(stage.layer)[:, -self.length :]
         plan, dropped = self._compact(keep, counts)
         hidden = compact.gather(hidden, plan.index)
         if positions is not None:
             if stage.contiguous:
+                if positions.ndim == 3:
+                    raise ValueError("positions in time, height and width cannot be renumbered: keep the original ones")
                 before = dropped.long().cumsum(1)
                 positions = positions - before
                 self.shift = before[:, -1:] + (0 if self.shift is None else self.shift)
             positions = compact.gather(positions, plan.index, dim=-1)
-        if self.rotary is not None:
-            self.rotary = tuple(compact.gather(table, plan.index) for table in self.rotary)
+        if self.compression.windows:
+            self.origins = compact.gather(origins, plan.index)
+        self.index = plan.index if self.index is None else compact.gather(self.index, plan.index)
+        self.late = [compact.gather(states, plan.index) for states in self.late]
+        if self.blocks is not None:
+            self.blocks = compact.gather(self.blocks, plan.index)
         source = compact.gather(plan.source, self.sources[-1][1]) if self.sources else plan.source
         self.sources.append((stage.layer, source))
         return hidden, positions
@@ -370,17 +514,20 @@ class Forward:
         """Take over what the tower showed about each image."""
         for need in self.compression.needs:
             if need.tower:
-                if not all(hasattr(feature, "vtc") and need in feature.vtc.rows for feature in self.features):
-                    raise RuntimeError("these image features were encoded before vtc.wrap: the tower was not observed")
-                rows = pad_sequence([feature.vtc.rows[need].T for feature in self.features], batch_first=True)
-                self.rows[need] = rows.transpose(1, 2).to(self.device)
+                rows = pad_sequence([image.rows[need].to(self.device).T for image in self.images], batch_first=True)
+                self.rows[need] = rows.transpose(1, 2)
 
     def _observe_layer(self, layer: int, hidden: Tensor) -> None:
         """Make the rows that are due before decoder layer `layer`, which `hidden` is about to enter."""
         due = [need for need in self.compression.needs if not need.tower and need.before == layer]
         if due:
             with self.state.trace.clock.span("score", hidden.device):
-                self.rows |= {need: need.row({**self.record.pop(need, {}), "hidden": hidden}, self) for need in due}
+                self.rows |= {need: need.row(self._seen(need, hidden), self) for need in due}
+
+    def _seen(self, need: Need, hidden: Tensor) -> dict[str, Any]:
+        """What the hooks wrote for a need, and the states about to enter the next layer, on the prompt's device."""
+        record = {**self.record.pop(need, {}), "hidden": hidden}
+        return {name: (x[0] if isinstance(x, tuple) else x).to(self.device) for name, x in record.items()}
 
     def columns(self, x: Tensor) -> Tensor:
         """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, tokens)."""
@@ -415,18 +562,46 @@ class Forward:
         """
         adapter, past = self.compression.adapter, self.state.span(layer)
         attention = adapter.decoder_attention(adapter.layers[layer])
-        cos, sin = (compact.gather(table, positions) for table in self.rotary)
-        query = adapter.rotate(split_heads(query, attention.heads), cos, sin)
-        key = adapter.rotate(split_heads(key, attention.key_heads), *self.rotary)
+        cos, sin = (compact.gather(table, positions) for table in self.rotary[layer])
+        query = adapter.rotate(attention.queries(query), cos, sin)
+        key = adapter.rotate(attention.keys(key), *self.rotary[layer])
         if past.length:
-            key = torch.cat((self.cache.layers[layer].keys[:, :, : past.length], key), dim=2)
+            key = torch.cat((self._cached_keys(layer), key), dim=2)
+        bias = 0.0 if self.bias is None else torch.nn.functional.pad(self.bias, (past.length, 0))[:, None, None]
+        rows = attention_rows(query, key, attention.scale, self._sees(layer, positions), bias, attention.softcap)
+        return rows[..., past.length :]
+
+    def _cached_keys(self, layer: int) -> Tensor:
+        """The keys that decoder layer `layer` had in the cache before this call."""
+        cached = self.cache.layers[layer]
+        if cached.keys.shape[2] != cached.get_seq_length():
+            raise ValueError(
+                f"{type(cached).__name__} does not hold all past keys as they were, and this method looks at them: "
+                "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
+            )
+        return cached.keys[:, :, : self.state.span(layer).length]
+
+    def _sees(self, layer: int, positions: Tensor) -> Tensor:
+        """What the tokens at `positions` (batch, queries) see in decoder layer `layer`: (batch, queries, keys) bool."""
+        past, window = self.state.span(layer), self._window(layer)
         places = torch.arange(-past.length, self.length, device=self.device)
         visible = places <= positions[..., None]
+        same = None
+        if self.blocks is not None:
+            keys = torch.nn.functional.pad(self.blocks, (past.length, 0), value=-1)
+            own = self.blocks.gather(1, positions)[..., None]
+            same = (own == keys[:, None]) & (own >= 0)
+            visible = visible | same
+        if window is not None:
+            origins = self._origins(layer)
+            near = origins.gather(1, positions + past.length)[..., None] - origins[:, None] < window
+            if same is not None and not self.compression.adapter.window_cuts_blocks:
+                near = near | same
+            visible = visible & near
         if (real := self._visible(layer)) is not None:
             # padding sees itself, so that the rows of queries that only fill up are no NaN
             visible = visible & real[:, None] | (places == positions[..., None])
-        bias = 0.0 if self.bias is None else torch.nn.functional.pad(self.bias, (past.length, 0))[:, None, None]
-        return attention_rows(query, key, attention.scale, visible, bias)[..., past.length :]
+        return visible
 
     # -- spans and exit -------------------------------------------------------------------------------------------
 
@@ -437,7 +612,8 @@ class Forward:
 
     def _begin_span(self, layer: int) -> None:
         past, visible = self.state.span(layer), self._visible(layer)
-        self.spans.append(Span(layer, past.length + self.length, visible))
+        pruned = self.origins is not None or past.origins is not None
+        self.spans.append(Span(layer, past.length + self.length, visible, self._origins(layer) if pruned else None))
 
     def leave_decoder(self, outputs: Any) -> None:
         """After the text model: outputs in the shape of the unpruned sequence, and the state on to the cache."""
@@ -451,8 +627,41 @@ class Forward:
         cache = outputs.past_key_values
         if cache is not None:
             CacheState(self.state.seen + self.entered, self.spans, self.state.trace, self.shift).attach(cache)
-        self.state.trace.clock.add("prefill" if self.features else "decode", self.started, self.device)
+        self.state.trace.clock.add("prefill" if self.images else "decode", self.started, self.device)
 
     def _restored(self, layer: int, states: Tensor) -> Tensor:
         sources = [source for start, source in self.sources if start <= layer]
         return compact.gather(states, sources[-1]) if sources else states
+
+
+def _joined(found: list[tuple[Encoded, Tensor, int, int]], length: int) -> list[tuple[Encoded, Tensor, int, int]]:
+    """Tiles (image, places, first place, last place) whose places touch within a row of `length`, as one image."""
+    result = found[:1]
+    for image, places, first, last in found[1:]:
+        before, earlier, start, end = result[-1]
+        if first == end + 1 and first % length:
+            result[-1] = (before + image, torch.cat((earlier, places)), start, last)
+        else:
+            result.append((image, places, first, last))
+    return result
+
+
+def _block_overlay(blocks: Tensor) -> Callable[..., Tensor]:
+    """A mask function: query and key are in the same block; `blocks` (batch, keys)."""
+
+    def same(batch, head, query, key):
+        return (blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0)
+
+    return same
+
+
+def _window_overlay(origins: Tensor, window: int, blocks: Tensor | None) -> Callable[..., Tensor]:
+    """A mask function: the key is less than `window` columns back, or in the same one of `blocks`."""
+
+    def near(batch, head, query, key):
+        return origins[batch, query] - origins[batch, key] < window
+
+    if blocks is None:
+        return near
+    same = _block_overlay(blocks)
+    return lambda *place: near(*place) | same(*place)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vtc.observe import Seen
+from vtc.observe import Part, Seen
 from vtc.select import Selection, top_k
 
 
@@ -37,7 +37,7 @@ def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Selection:
     `cell` is the side of a cell as a part of the grid's. The token of a cell sits where its most important member was.
     Only for a site where no token has left yet, so that the grid is whole.
     """
-    cells = torch.stack([_cells(*grid, cell, scores.shape[1]) for grid in seen.grids]).to(scores.device)
+    cells = torch.stack([_cells(tuple(parts), cell, scores.shape[1]) for parts in seen.parts]).to(scores.device)
     number = int(cells.max()) + 1
     best = top_k(scores, seen, (keep - number).clamp(min=0)).keep
     group = torch.where(seen.valid & ~best, cells, number)  # the last group takes all that is not recycled
@@ -54,10 +54,13 @@ def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Selection:
 
 
 @lru_cache(maxsize=64)
-def _cells(height: int, width: int, cell: float, length: int) -> Tensor:
-    """The cell of each patch in raster order, padded to `length`."""
+def _cells(parts: tuple[Part, ...], cell: float, length: int) -> Tensor:
+    """The cell of each token, counted on from grid to grid, padded to `length`."""
     columns = math.ceil(1 / cell)
-    row = (torch.arange(height) / (cell * height)).floor().long()
-    column = (torch.arange(width) / (cell * width)).floor().long()
-    cells = (row[:, None] * columns + column).flatten()
+    cells = []
+    for number, (height, width) in enumerate(parts):
+        row = (torch.arange(height) / (cell * height)).floor().long()
+        column = (torch.arange(width) / (cell * width)).floor().long()
+        cells.append((row[:, None] * columns + column).flatten() + number * columns**2)
+    cells = torch.cat(cells)
     return torch.nn.functional.pad(cells, (0, length - len(cells)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -23,16 +24,62 @@ if TYPE_CHECKING:
     from vtc.forward import Forward
 
 
+Part = tuple[int, int]
+"""(height, width) of a grid of visual tokens: a whole image, a tile, or a frame."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """The parts of one attention module that a row is recomputed from."""
 
     query: nn.Module
-    """Module whose output is the queries before the rotary embedding: (batch, length, heads * head_dim)."""
+    """Module whose output is the queries before norm and rotary embedding: (batch, length, heads * head_dim)."""
     key: nn.Module
     heads: int
     key_heads: int
     scale: float
+    query_norm: nn.Module | None = None
+    """What normalises each head before the rotary embedding."""
+    key_norm: nn.Module | None = None
+    softcap: float | None = None
+    """c where the logits become c tanh(logits / c)."""
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The output of `query` as (batch, heads, length, head_dim), before the rotary embedding."""
+        return _heads(x, self.heads, self.query_norm)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The output of `key` as (batch, key_heads, length, head_dim), before the rotary embedding."""
+        return _heads(x, self.key_heads, self.key_norm)
+
+
+def _heads(x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+    x = rearrange(x, "b n (h d) -> b n h d", h=heads)
+    return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class TowerStates:
+    """What the attention of one tower block runs on."""
+
+    query: Tensor
+    """(crops, heads, length, head_dim), after the rotary embedding where there is one."""
+    key: Tensor
+    scale: float
+    valid: Tensor | None = None
+    """(crops, length) bool, False where a crop has fewer patches than the largest one; None where all are patches."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One run of the vision tower."""
+
+    adapter: Adapter
+    call: dict[str, Any]
+    """The arguments of `get_image_features` or `get_video_features`."""
+
+    def states(self, layer: int, record: dict[str, Any]) -> TowerStates:
+        return self.adapter.tower_states(self.adapter.tower_blocks()[layer], record, self.call)
 
 
 @dataclass(frozen=True)
@@ -55,33 +102,30 @@ class Need:
         """
         raise NotImplementedError
 
-    def row(self, record: dict[str, Tensor], context) -> Tensor:
-
+    def row(self, record: dict[str, Tensor], context: Tower | Forward) -> Tensor:
+        """What was seen, float32: of the tower (crops, channels, patches), of the decoder (images, channels, tokens)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ClsRow(Need):
-    """Post-softmax attention of the tower's CLS query: (images, heads, tokens), CLS column dropped."""
+    """Post-softmax attention of the tower's CLS query: (crops, heads, patches), CLS column dropped."""
 
     tower: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.has_cls():
             raise ValueError("this method scores by CLS attention, and this vision tower has no CLS token")
-        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
-        return {"query": attention.query, "key": attention.key}
+        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
 
-    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
-        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
-        query = split_heads(record["query"][:, :1], attention.heads)
-        key = split_heads(record["key"], attention.key_heads)
-        return attention_rows(query, key, attention.scale)[:, :, 0, 1:]
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        states = tower.states(self.layer, record)
+        return attention_rows(states.query[:, :, :1], states.key, states.scale)[:, :, 0, 1:]
 
 
 @dataclass(frozen=True)
 class ReceivedAttention(Need):
-    """Mean attention that each patch receives from all patches in a tower block: (images, 1, tokens), heads averaged.
+    """Mean attention that each patch receives from all patches of its crop: (crops, 1, patches), heads averaged.
 
     The matrix is summed up in blocks of queries, never stored.
     """
@@ -89,24 +133,24 @@ class ReceivedAttention(Need):
     tower: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
-        return {"query": attention.query, "key": attention.key}
+        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
 
-    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
-        return self.paid(record, adapter)[:, None]
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        return self.paid(tower.states(self.layer, record), tower)[:, None]
 
-    def paid(self, record: dict[str, Tensor], adapter: Adapter, payers: Tensor | None = None) -> Tensor:
-        """Mean attention paid to each patch by the `payers` (images, patches) bool, or by all: (images, patches)."""
-        attention = adapter.tower_attention(adapter.tower_blocks()[self.layer])
-        first = int(adapter.has_cls())
-        query = split_heads(record["query"], attention.heads)[:, :, first:]
-        key = split_heads(record["key"], attention.key_heads)
+    def paid(self, states: TowerStates, tower: Tower, payers: Tensor | None = None) -> Tensor:
+        """Mean attention paid to each patch by the `payers` (crops, patches) bool, or by all: (crops, patches)."""
+        first = int(tower.adapter.has_cls())
+        query, visible = states.query[:, :, first:], None
         weights = torch.ones_like(query[:, 0, :, 0], dtype=torch.float32) if payers is None else payers.float()
+        if states.valid is not None:
+            weights, visible = weights * states.valid[:, first:], states.valid[:, None]
         blocks = zip(query.split(QUERY_BLOCK, dim=2), weights.split(QUERY_BLOCK, dim=1), strict=True)
         total = sum(
-            torch.einsum("ihqn,iq->in", attention_rows(part, key, attention.scale), weight) for part, weight in blocks
+            torch.einsum("ihqn,iq->in", attention_rows(part, states.key, states.scale, visible), weight)
+            for part, weight in blocks
         )
-        return total[:, first:] / (attention.heads * weights.sum(1, keepdim=True))
+        return total[:, first:] / (query.shape[1] * weights.sum(1, keepdim=True))
 
 
 QUERY_BLOCK = 64
@@ -122,37 +166,36 @@ class RelevantAttention(ReceivedAttention):
 
     threshold: float
 
-    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
-        received = self.paid(record, adapter)
-        important = received > self.threshold * received.mean(1, keepdim=True)
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        states = tower.states(self.layer, record)
+        received = self.paid(states, tower)
+        valid = torch.ones_like(received, dtype=torch.bool)
+        if states.valid is not None:
+            valid = states.valid[:, int(tower.adapter.has_cls()) :]
+        important = (received > self.threshold * scores.mean(received, valid)[:, None]) & valid
         important = important | ~important.any(1, keepdim=True)
-        return self.paid(record, adapter, important)[:, None]
+        return self.paid(states, tower, important)[:, None]
 
 
 @dataclass(frozen=True)
 class PatchEntropy(Need):
-    """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (images, 1, tokens).
+    """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
 
     Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4).
     """
-
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    """What the image processor normalised by; CLIP's."""
 
     tower: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         return {}
 
-    def row(self, record: dict[str, Tensor], adapter: Adapter) -> Tensor:
-        pixels = record["pixels"].float()
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        grey = ((pixels * std + mean) * 255).mean(1).round().clamp(0, 255).long()
-        size = adapter.patch_size()
-        patches = rearrange(grey, "i (h p) (w q) -> i (h w) (p q)", p=size, q=size)
-        counts = torch.zeros(*patches.shape[:2], 256, device=grey.device).scatter_add_(
-            2, patches, torch.ones_like(patches, dtype=torch.float32)
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        adapter = tower.adapter
+        pixels = adapter.pixels(tower.call).float()
+        mean, std = (pixels.new_tensor(values)[:, None] for values in (adapter.pixel_mean, adapter.pixel_std))
+        grey = ((pixels * std + mean) * 255).mean(2).round().clamp(0, 255).long()
+        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
+            2, grey, torch.ones_like(grey, dtype=torch.float32)
         )
         entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
         return entropy.softmax(1)[:, None]
@@ -219,13 +262,13 @@ class SelfLogits(Need):
         adapter, valid = forward.compression.adapter, forward.alive
         attention = adapter.decoder_attention(adapter.layers[self.layer])
 
-        def visual(x: Tensor, heads: int) -> Tensor:
-            rotated = adapter.rotate(split_heads(x, heads), *forward.rotary).float()
+        def visual(x: Tensor) -> Tensor:
+            rotated = adapter.rotate(x, *forward.rotary[self.layer]).float()
             return rearrange(
-                forward.columns(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=heads
+                forward.columns(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
             )
 
-        query, key = visual(record["query"], attention.heads), visual(record["key"], attention.key_heads)
+        query, key = visual(attention.queries(record["query"])), visual(attention.keys(record["key"]))
         mean = (query * valid[:, None, :, None]).sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
         mean = rearrange(mean, "i (g r) d -> i g r d", g=attention.key_heads).mean(2)
         return (torch.einsum("igd,ignd->in", mean, key) / attention.key_heads * attention.scale)[:, None]
@@ -240,13 +283,7 @@ class TokenTransition(Need):
     """
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        layer = adapter.layers[self.layer]
-        return {
-            "attention in": layer.input_layernorm,
-            "attention out": layer.self_attn,
-            "feed-forward in": layer.post_attention_layernorm,
-            "feed-forward out": layer.mlp,
-        }
+        return adapter.branches(adapter.layers[self.layer])
 
     def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
         valid = forward.alive
@@ -258,7 +295,7 @@ class TokenTransition(Need):
         return change[:, None]
 
 
-Record = dict[Need, dict[str, Tensor]]
+Record = dict[Need, dict[str, Any]]
 recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
 """Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
 
@@ -269,7 +306,7 @@ def watch(need: Need, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandl
     def keep(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
             if (record := recording.get()) is not None:
-                record.setdefault(need, {})[name] = output[0] if isinstance(output, tuple) else output
+                record.setdefault(need, {})[name] = output
 
         return hook
 
@@ -285,16 +322,36 @@ class Seen:
     """(images, tokens) bool, False where an image has fewer tokens than the widest one."""
     index: Tensor
     """(images, tokens) int64: which patch of its image each token is, in raster order."""
-    grids: list[tuple[int, int]]
-    """(height, width) of each image's patch grid, before any token left."""
+    parts: list[list[Part]]
+    """The grids of each image's tokens, in token order, before any token left: tiles, frames."""
 
     def __getitem__(self, need: Need) -> Tensor:
         """(images, channels, tokens) float32, over the tokens that are left."""
         return self.rows[need]
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each token in its own grid, both (images, tokens)."""
+        longest = max(sum(height * width for height, width in parts) for parts in self.parts)
+        table = torch.stack([_places(tuple(parts), longest) for parts in self.parts]).to(self.index.device)
+        row, column = table.gather(2, self.index[:, None].expand(-1, 2, -1)).unbind(1)
+        return row, column
+
+
+@lru_cache(maxsize=256)
+def _places(parts: tuple[Part, ...], length: int) -> Tensor:
+    """Row and column of each token of `parts`, (2, length), filled up with 0."""
+    grids = [torch.cartesian_prod(torch.arange(height), torch.arange(width)) for height, width in parts]
+    places = torch.cat(grids).T
+    return torch.nn.functional.pad(places, (0, length - places.shape[1]))
+
 
 def attention_rows(
-    query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None, bias: Tensor | float = 0.0
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    visible: Tensor | None = None,
+    bias: Tensor | float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) of a few queries, in float32.
 
@@ -304,6 +361,7 @@ def attention_rows(
         scale: factor on the logits, usually head_dim ** -0.5.
         visible: (batch, queries or 1, length) bool, False where a query must not look.
         bias: (batch, 1, 1, length), added to the logits of each key.
+        softcap: see `Attention`.
 
     Returns:
         (batch, heads, queries, length) float32.
@@ -311,12 +369,9 @@ def attention_rows(
     queries = query.shape[2]
     query = rearrange(query.float(), "b (g r) q d -> b g (r q) d", g=key.shape[1])
     logits = query @ key.float().transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries) + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], -torch.inf)
     return logits.softmax(-1)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
-    return rearrange(x, "b n (h d) -> b h n d", h=heads)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -37,10 +37,15 @@ def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
 
 
 def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
-    """`keep` tokens evenly spaced over each image's patch grid; the scores are not looked at."""
+    """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at."""
     picked = torch.zeros_like(seen.valid)
-    for image, ((height, width), count) in enumerate(zip(seen.grids, keep.tolist(), strict=True)):
-        picked[image, evenly_spaced(height, width, count)] = True
+    for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
+        sizes = [height * width for height, width in parts]
+        ends = list(accumulate(sizes, initial=0))
+        shares = [count * end // ends[-1] for end in ends]
+        for (height, width), offset, (start, end) in zip(parts, ends, pairwise(shares), strict=False):
+            cells = evenly_spaced(height, width, end - start)
+            picked[image, [offset + cell for cell in cells]] = True
     return Selection(picked)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtc.observe import Part
+
 
 @dataclass
 class StageTrace:
@@ -41,7 +43,9 @@ class Trace:
     rows: list[int] = field(default_factory=list)
     """The batch row of each image."""
     sizes: list[int] = field(default_factory=list)
-    """Visual tokens of each image."""
+    """Visual tokens of each image or video."""
+    parts: list[list[Part]] = field(default_factory=list)
+    """The grids that they form, (height, width) each, in token order: a whole image, or tiles, or frames."""
     stages: list[StageTrace] = field(default_factory=list)
     clock: Clock = field(default_factory=lambda: Clock())
 
@@ -61,6 +65,17 @@ class Trace:
         record = self.stages[stage]
         mask, entered = (record.kept & record.valid).cpu(), record.entered.cpu()
         return self._per_row([index[keep] for index, keep in zip(entered, mask, strict=True)], offset=True)
+
+    def maps(self, stage: int = -1) -> list[list[Tensor]]:
+        """For each image its grids (tiles, frames) as (height, width) bool: the tokens left after a stage."""
+        record, result = self.stages[stage], []
+        mask = (record.kept & record.valid).cpu()
+        for parts, entered, kept in zip(self.parts, record.entered.cpu(), mask, strict=True):
+            sizes = [height * width for height, width in parts]
+            left = torch.zeros(sum(sizes), dtype=torch.bool)
+            left[entered[kept]] = True
+            result.append([part.view(shape) for part, shape in zip(left.split(sizes), parts, strict=True)])
+        return result
 
     def scores(self, stage: int = -1) -> list[Tensor]:
         """For each batch row the scores of the tokens that entered a stage, 1-D float32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc import adapter as adapters
-from vtc.forward import Encoded, Forward, current
+from vtc.forward import Encoded, Encoding, Forward, current
 from vtc.methods import methods
-from vtc.observe import recording, watch
+from vtc.observe import Tower, recording, watch
 from vtc.stage import Budget, Method, check_budget
 from vtc.trace import Clock, Trace
 
@@ -87,6 +88,7 @@ class Compression:
         self.shape, tokens = self.adapter.shape(), self.adapter.tokens_per_image()
         self.method, self.budget = method.bind(model, budget, tokens), budget
         self.stages = self.method.stages(self.shape)
+        self.windows = any(self.adapter.window(layer) is not None for layer in self.adapter.layers)
         self._handles: list[Any] = []
         self._last = threading.local()
         self._latest = Trace()
@@ -112,7 +114,9 @@ class Compression:
 
     def install(self) -> None:
         backbone, decoder = self.adapter.backbone, self.adapter.decoder
-        backbone.get_image_features = self._observed_features(backbone.get_image_features)
+        for modality in self.adapter.placeholders():
+            name = f"get_{modality}_features"
+            setattr(backbone, name, self._observed_features(modality, getattr(backbone, name)))
         self._handles = [
             backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
             backbone.register_forward_hook(self._leave, always_call=True),
@@ -130,14 +134,17 @@ class Compression:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        del self.adapter.backbone.get_image_features
+        for modality in self.adapter.placeholders():
+            delattr(self.adapter.backbone, f"get_{modality}_features")
 
-    def _observed_features(self, original):
-        """`get_image_features` that leaves on each image's features what the tower showed about it."""
-        needs = [need for need in self.needs if need.tower]
+    def _observed_features(self, modality: str, original):
+        """The encoder, which leaves on its output what the tower showed."""
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
-        def get_image_features(*args, **kwargs):
+        def get_features(*args, **kwargs):
+            if recording.get() is not None:  # one modality's encoder is made of the other's
+                return original(*args, **kwargs)
             record, start = {}, Clock.now(self.adapter.model.device)
             token = recording.set(record)
             try:
@@ -145,35 +152,43 @@ class Compression:
             finally:
                 recording.reset(token)
             seen = Clock.now(self.adapter.model.device)
-            pixels = args[0] if args else kwargs["pixel_values"]
-            rows = {need: need.row({**record.get(need, {}), "pixels": pixels}, self.adapter) for need in needs}
+            call = signature.bind(*args, **kwargs).arguments
+            images = self._encoded(record, {**call, **call.pop("kwargs", {})}, outputs.pooler_output)
             spans = [("vision", start, seen), ("score", seen, Clock.now(self.adapter.model.device))]
-            features = getattr(outputs, "pooler_output", outputs[0])
-            for image, feature in enumerate(features):
-                feature.vtc = Encoded({need: row[image] for need, row in rows.items()}, spans)
+            outputs.vtc = Encoding(images, len(outputs.pooler_output), spans)
             if (forward := current.get()) is not None:
-                forward.features = list(features)
+                forward.encodings[modality] = (outputs.vtc, outputs.vtc.entries)
             return outputs
 
-        return get_image_features
+        return get_features
+
+    def _encoded(self, record: dict, call: dict[str, Any], features: Any) -> list[Encoded]:
+        """What the tower showed about each image."""
+        adapter, tower = self.adapter, Tower(self.adapter, call)
+        parts = adapter.parts(call, [len(feature) for feature in features])
+        rows = {need: need.row(record.get(need, {}), tower) for need in self.needs if need.tower}
+        packed = {need: adapter.pack(row.transpose(1, 2), call) for need, row in rows.items()}
+        return [
+            Encoded({need: rows[image].T for need, rows in packed.items()}, grids) for image, grids in enumerate(parts)
+        ]
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = ("input_ids", "pixel_values")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        forward = Forward(self, self._image_mask(ids, embeds))
-        image = (given.get("mm_encoder_outputs") or {}).get("image")
-        if image is not None:
-            forward.features = list(image.pooler_output)
+        given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        forward = Forward(self, given, self._modalities(given.get("input_ids"), given.get("inputs_embeds")))
+        for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
+            forward.encodings[modality] = (getattr(outputs, "vtc", None), len(outputs.pooler_output))
         current.set(forward)
 
-    def _image_mask(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """(batch, length) bool: the image placeholders, from ids or, without ids, from their embedding."""
-        token = self.adapter.image_token_id
+    def _modalities(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
+        """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding."""
+        tokens = self.adapter.placeholders()
         if ids is not None:
-            return ids == token
+            return {modality: ids == token for modality, token in tokens.items()}
         embedding = self.adapter.backbone.get_input_embeddings()
-        return (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
+        return {
+            modality: (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
+            for modality, token in tokens.items()
+        }
 
     def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
         current.set(None)
@@ -183,7 +198,7 @@ class Compression:
         if (forward := current.get()) is None:
             return None
         kwargs = forward.enter_decoder(kwargs)
-        recording.set(forward.record if forward.busy and forward.features else None)
+        recording.set(forward.record if forward.busy and forward.images else None)
         return args, kwargs
 
     def _leave_decoder(self, decoder: nn.Module, args: tuple, outputs: Any) -> None:

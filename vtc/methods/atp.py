@@ -97,8 +97,8 @@ class Atp(Method):
     def _lattice(self, rate: float, seen: Seen) -> Tensor:
         """The spatial score: (images, tokens), 1 - 3 R on every n-th row and column, n = round(sqrt(1 / R)), else 0."""
         step = round((1 / rate) ** 0.5)
-        width = torch.tensor([width for _, width in seen.grids], device=seen.index.device)[:, None]
-        on = (seen.index // width % step == 0) & (seen.index % width % step == 0)
+        row, column = seen.places()
+        on = (row % step == 0) & (column % step == 0)
         return on * max(0.0, 1 - 3 * rate)
 
     def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
