@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import entry_points
+from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before anything imports datasets
 
@@ -17,7 +18,7 @@ from eval_fixtures import read_lines
 from PIL import Image, ImageFile
 
 import vtc
-from vtc import adapter
+from vtc import adapter, cli
 from vtc.eval import published, report, run, scenes, suites, tasks
 from vtc.eval.reference import PATH
 
@@ -133,6 +134,13 @@ def test_it_loads_without_lmms_eval(monkeypatch):
     importlib.import_module("vtc.integrations.lmms_eval")
     with pytest.raises(TypeError, match="no adapter"):
         adapter.find(object())
+
+
+def test_the_folder_of_the_task_is_printed(capsys):
+    cli.task_folder()
+    (folder,) = capsys.readouterr().out.splitlines()
+    assert folder == str(tasks.PATH)
+    assert (Path(folder) / "vtc_scenes.yaml").is_file()
 
 
 def test_results_hold_what_was_measured(one):

@@ -378,6 +378,20 @@ def methods() -> None:
     Console().print(table)
 
 
+@app.command(name="tasks")
+def task_folder() -> None:
+    """Print the folder of vtc's own task for lmms-eval, for its --include_path.
+
+    Example:
+
+      python -m lmms_eval --model vtc --model_args pretrained=reference,method=vtc-cls,budget=0.25 --tasks vtc_scenes
+      --include_path $(vtc tasks) --batch_size 32 --output_path out/lmms --log_samples
+    """
+    from vtc.eval import tasks
+
+    typer.echo(tasks.PATH)
+
+
 @app.command()
 def env() -> None:
     """Print versions for a bug report."""
@@ -397,6 +411,7 @@ def env() -> None:
         "pillow",
         "matplotlib",
         "scikit-learn",
+        "lmms-eval",
     ):
         try:
             lines[package] = version(package)

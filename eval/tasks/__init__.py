@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from PIL import Image
 
 from vtc.eval import report, scenes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PATH = Path(__file__).parent
 """The folder to give lmms-eval as --include_path."""
@@ -26,6 +28,8 @@ def _example(split: scenes.Split, seed: int, index: int) -> scenes.Example:
 
 def documents(dataset: Dataset) -> Dataset:
     """One document a question, {"split", "seed", "index"}, for each line of the data file."""
+    from datasets import Dataset
+
     return Dataset.from_list(
         [{"split": row["split"], "seed": row["seed"], "index": i} for row in dataset for i in range(row["questions"])]
     )
