@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -32,6 +33,7 @@ from vtc.eval.reader import Chat, load, model_path, pick_device
 from vtc.eval.run import Store, resolve
 
 MEASURES = ("visual_tokens", "prefill_ms", "kv_bytes")
+checkpoint_name = GeneralConfigTracker._get_model_name
 FULL = ("uniform", 1.0)
 """A method and a budget that drop nothing: the model as it is, with a trace."""
 
@@ -76,7 +78,7 @@ class Vtc(lmms):
     ):
         super().__init__()
         device = pick_device(device or "auto")
-        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
             raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
@@ -89,7 +91,7 @@ class Vtc(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Vtc:
-        # lmms-eval calls the folder of a run after the checkpoint alone, and asks for that name after this
+        # lmms-eval names the folder of a run after the checkpoint alone, and asks for that name after this
         GeneralConfigTracker._get_model_name = staticmethod(folder_name)
         return super().create_from_arg_string(arg_string, additional_config)
 
@@ -209,11 +211,11 @@ def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
 
 
 def folder_name(model_args: str) -> str:
-    """What the folder of a run is called after: the checkpoint, the method and the budget."""
+    """What the folder of a run is named after: the checkpoint, the method and the budget."""
     given = simple_parse_args_string(model_args)
-    method = Path(given["method"]).stem if "method" in given else None
-    parts = (str(given["pretrained"]).rstrip("/"), method, given.get("budget"))
-    return "__".join(str(part) for part in parts if part is not None)
+    method = [Path(given["method"]).stem] if "method" in given else []
+    budget = [str(given["budget"])] if "budget" in given else []
+    return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *budget])
 
 
 def _batches(requests: list[Instance], size: int) -> Iterator[list[int]]:

@@ -27,6 +27,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc sh
 app.add_typer(train_app, name="train")
 
 MODEL_HELP = "'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."
+REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
 
 
 def parse_budget(text: str) -> int | float:
@@ -118,11 +119,14 @@ def evaluate(
     chosen, spend = _split(methods), parse_budgets(budgets)
     _need("matplotlib", "sklearn", extra="eval")
     _quiet()
-    from vtc.eval import report, run
+    from vtc.eval import report, run, suites
 
     console = Console()
     if tasks:
-        _suites(_split(tasks), model, chosen, spend, limit, seed, batch_size, device, out, restart, dry_run, console)
+        if by_task or faithfulness or suffix:
+            raise typer.BadParameter("--by-task, --faithfulness and --suffix are for scenes, not for --tasks")
+        asked = suites.Settings(_split(tasks), model, chosen, spend, limit, seed, batch_size, device)
+        _suites(asked, out, restart, dry_run, console)
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
@@ -132,7 +136,7 @@ def evaluate(
     settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
     rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=console)
     if dry_run:
-        console.print("dry run: the model answers, and every budget is within reach or shown at its floor")
+        console.print(REHEARSED)
         return
     console.print(report.table(rows))
     if by_task:
@@ -140,24 +144,13 @@ def evaluate(
     console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
-def _suites(
-    tasks: tuple[str, ...],
-    model: str,
-    methods: tuple[str, ...],
-    budgets: tuple[int | float, ...],
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    device: str,
-    out: Path,
-    restart: bool,
-    dry_run: bool,
-    console: Console,
-) -> None:
+def _suites(settings: Any, out: Path, restart: bool, dry_run: bool, console: Console) -> None:
     from vtc.eval import published, report, suites
 
-    settings = suites.Settings(tasks, model, methods, budgets, limit, seed, batch_size, device)
-    for task, rows in suites.evaluate(settings, out, restart, dry_run).items():
+    found = suites.evaluate(settings, out, restart, dry_run)
+    if dry_run:
+        console.print(REHEARSED)
+    for task, rows in found.items():
         console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
         if figures := published.table(task):
             console.print(figures)
