@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,18 +59,25 @@ def points(benchmark: str, checkpoint: str) -> list[tuple[str, float, float]]:
     return [(f.method, f.tokens, f.value / 100) for f in same if f.unit == "percent" and f.tokens]
 
 
-def table(benchmark: str) -> Table | None:
-    """What papers say about a benchmark; None where they say nothing."""
+def table(benchmark: str, rows: list[dict[str, Any]]) -> Table | None:
+    """Summary rows of a run beside what papers say about the benchmark, method by method; None where they say nothing.
+
+    Papers count benchmarks in their own ways (POPE is often F1), and other checkpoints: compare "% of full".
+    """
     from rich.table import Table
 
-    found = [figure for figure in figures() if figure.benchmark == benchmark]
+    lines = [
+        ("this run", row["method"], f"{row['tokens']:.1f}", 100 * row["accuracy"], 100 * rows[0]["accuracy"], "")
+        for row in rows
+    ]
+    found = [f for f in figures() if f.benchmark == benchmark and f.unit in ("percent", "points")]
+    lines += [(f.model, f.method, f"{f.tokens or ''}", f.value, f.full, f.source) for f in found]
     if not found:
         return None
-    grid = Table(title=f"published: {benchmark}")
-    for name in ("model", "method", "tokens", "value", "% of full", "source"):
+    grid = Table(title=f"{benchmark}: this run and published figures")
+    for name in ("method", "model", "tokens", "value", "% of full", "source"):
         grid.add_column(name, justify="right" if name in ("tokens", "value", "% of full") else "left")
-    for f in found:
-        tokens = "" if f.tokens is None else f"{f.tokens:g}"
-        relative = f"{100 * f.value / f.full:.1f}" if f.full else ""
-        grid.add_row(f.model, f.method, tokens, f"{f.value:g}", relative, f.source)
+    order = list(dict.fromkeys(method for _, method, *_ in lines))
+    for model, method, tokens, value, full, source in sorted(lines, key=lambda line: order.index(line[1])):
+        grid.add_row(method, model, tokens, f"{value:.4g}", f"{100 * value / full:.1f}" if full else "", source)
     return grid

@@ -14,7 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before anyt
 
 import pytest
 import suite_data
-from eval_fixtures import read_lines
+from eval_fixtures import TEMPLATE, WORDS, _tokenizer, read_lines
 from PIL import Image, ImageFile
 
 import vtc
@@ -276,6 +276,69 @@ def test_questions_with_two_images_and_with_none(model):
     assert alone.token_counts.prefill_ms is None
 
 
+def test_images_that_become_different_numbers_of_tokens(model, monkeypatch):
+    """LLaVA-NeXT: a batch is answered as each alone, and each row's tokens are counted."""
+    pytest.importorskip("vtc.integrations.llava_next")
+    from vtc.eval.reader import Reader
+
+    documents = [
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color"}]}], [image])
+        for image in (Image.new("RGB", (40, 60), "red"), Image.new("RGB", (90, 30), "blue"))
+    ]
+    monkeypatch.setattr(model, "reader", Reader(*tiny_llava_next()))
+    counts = {}
+    for method, budget in (("uniform", 1.0), ("vtc-cls", 0.25), ("random", 8)):
+        model.use(method, budget)
+        together = model.ask(documents, max_new_tokens=3)
+        alone = [model.ask([document], max_new_tokens=3)[0] for document in documents]
+        assert [reply.text for reply in together] == [reply.text for reply in alone]
+        counts[method] = [reply.token_counts.visual_tokens for reply in together]
+        assert counts[method] == [reply.token_counts.visual_tokens for reply in alone]
+    full = counts["uniform"]
+    assert full[0] != full[1]
+    assert counts == {"uniform": full, "vtc-cls": [tokens // 4 for tokens in full], "random": [8, 8]}
+
+
+def tiny_llava_next():
+    """A random model and its processor: images of 32 pixels, cut into up to 4 tiles."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    tiles = [[32, 64], [64, 32], [64, 64]]
+    tokenizer = _tokenizer()
+    tokenizer.padding_side = "left"
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=32, patch_size=8),
+        text_config=LlamaConfig(
+            **sizes, **tokens, num_hidden_layers=8, vocab_size=len(tokenizer), initializer_range=0.3
+        ),
+        image_token_id=WORDS.index("<image>"),
+        image_seq_length=16,
+        image_grid_pinpoints=tiles,
+    )
+    torch.manual_seed(0)
+    return LlavaNextForConditionalGeneration(config).eval(), processor
+
+
 def test_videos_are_refused():
     from vtc.eval.suite_model import chat
 
@@ -498,8 +561,12 @@ def test_published_points_lie_beside_the_same_model_only(swept, tmp_path):
     points = published.points("pope", "llava-hf/llava-1.5-7b-hf")
     assert [accuracy for *arm, accuracy in points if arm == ["vtc-cls", 64]] == [pytest.approx(0.788)]
     assert published.points("pope", "reference") == []
-    assert published.table("vtc_scenes") is None
     rows = swept[1]["pope"]
+    assert published.table("vtc_scenes", rows) is None
+    beside = published.table("pope", rows)
+    methods, models = (list(column.cells) for column in beside.columns[:2])
+    lines = [models[row] for row, method in enumerate(methods) if method == "vtc-cls"]
+    assert lines == ["this run", "this run"] + ["llava-1.5-7b"] * 3
     report.picture(rows, tmp_path / "beside.png", "t", points)
     report.picture(rows, tmp_path / "alone.png", "t")
     assert (tmp_path / "beside.png").read_bytes() != (tmp_path / "alone.png").read_bytes()

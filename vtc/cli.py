@@ -152,7 +152,7 @@ def _suites(settings: Any, out: Path, restart: bool, dry_run: bool, console: Con
         console.print(REHEARSED)
     for task, rows in found.items():
         console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
-        if figures := published.table(task):
+        if figures := published.table(task, rows):
             console.print(figures)
         console.print(f"{escape(str(out / task))}: curve.png, summary.json, results.jsonl")
 
