@@ -1,0 +1,42 @@
+"""InternVL: a tower with a CLS token, tiles, pixel shuffle.
+
+Pixel shuffle makes one visual token of a square of patches: its score is their mean. The tiles of an image follow each
+other in the prompt without text between them, and compete for the image's budget. A frame of a video has text before it
+and counts as an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from vtc.adapter import Adapter, register
+from vtc.observe import Attention
+
+
+@register
+class InternVL(Adapter):
+    model_types = ("internvl",)
+    pixel_mean, pixel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    joins_tiles = True
+
+    def tower_blocks(self) -> Sequence[nn.Module]:
+        blocks = self.backbone.vision_tower.encoder.layer
+        return blocks[: self.model.config.vision_feature_layer % (len(blocks) + 1)]
+
+    def tower_attention(self, block: nn.Module) -> Attention:
+        attention = block.attention  # its norms run over all heads at once, so their outputs are the queries and keys
+        heads = attention.num_heads
+        return Attention(attention.q_norm, attention.k_norm, heads, heads, attention.scale)
+
+    def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
+        crops, side = len(patches), round(patches.shape[1] ** 0.5)
+        maps = rearrange(patches, "i (h w) c -> (i c) h w 1", h=side)
+        tokens = self.backbone.pixel_shuffle(maps, scale_factor=self.model.config.downsample_ratio).mean(-1)
+        return list(rearrange(tokens, "(i c) h w -> i (h w) c", i=crops))
+
+    def patch_size(self) -> int:
+        return self.model.config.vision_config.patch_size[0]
