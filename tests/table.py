@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import llava
+from models import FAMILIES
 
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
@@ -13,8 +13,6 @@ from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
 from vtc.stage import Shape
-
-FAMILIES = {"llava": llava}
 
 torch.manual_seed(0)
 ATP = Atp(layers=(1, 3), rates=(0.0625, 0.0625)).untrained(Shape(6, 4), 16)
@@ -32,6 +30,7 @@ METHODS = {  # from easy to hard settings
     "atp": (ATP, None),
     "vflowopt-late": (VFlowOpt(retain=(1.0, 0.6, 0.5), threshold=1.2), None),
     "vflowopt": (VFlowOpt(alpha=0.3, cell=0.4), 0.4),
+    "vflowopt-plain": (VFlowOpt(cell=0.4, threshold=1.2), 0.4),
     "transprune-high": (TransPrune(), None),
     "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
 }
@@ -45,4 +44,53 @@ BATCHES = {  # images of each row, padding side
     "left-padded": ((1, 1, 1), "left"),
     "right-padded": ((1, 1, 1), "right"),
     "mixed": ((2, 0, 1), "left"),
+    "video": (("iv", "v"), "left"),
 }
+
+EACH_KIND = ("uniform", "vtc-cls", "fastv-early", "atp", "vflowopt-plain", "transprune-high")
+"""One method for each kind of stage and of observation: all that is run on each family but the first."""
+
+
+EACH_SITE = ("vtc-cls", "fastv-early")
+"""One method that drops before the decoder and one that drops within it."""
+
+
+def each_site(test):
+    """Decorator: outside the first family, run the test with one method a site only."""
+    test.each_site = True
+    return test
+
+
+def _methods(family: str, test) -> list[str]:
+    """The methods that a family meets a test with."""
+    return list(METHODS if family == "llava" else EACH_SITE if hasattr(test, "each_site") else EACH_KIND)
+
+
+def batches(family: str) -> list[str]:
+    """The batches that a family is tested with: those with videos where it has them."""
+    if family == "llava":
+        return [name for name in BATCHES if name != "video"]
+    return ["single", "right-padded", "mixed", *(["video"] if FAMILIES[family].video else [])]
+
+
+def parametrize(metafunc) -> None:
+    """A `pytest_generate_tests`: a test that takes `model`, `method` and `inputs` meets the table's whole product."""
+    names = [name for name in ("model", "method", "inputs") if name in metafunc.fixturenames]
+    if "model" not in names:
+        return
+    cells = [
+        [family, *rest]
+        for family in FAMILIES
+        for rest in _product(
+            _methods(family, metafunc.function) if "method" in names else [],
+            batches(family) if "inputs" in names else [],
+        )
+    ]
+    metafunc.parametrize(names, cells, ids=["-".join(cell) for cell in cells], indirect=True)
+
+
+def _product(*lists: list[str]) -> list[tuple[str, ...]]:
+    result = [()]
+    for values in lists:
+        result = [(*head, value) for head in result for value in values] if values else result
+    return result

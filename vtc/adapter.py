@@ -29,6 +29,8 @@ class Adapter:
     pixel_mean: ClassVar[tuple[float, ...]] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: ClassVar[tuple[float, ...]] = (0.26862954, 0.26130258, 0.27577711)
     """What the image processor normalises by."""
+    has_pixels: ClassVar[bool] = True
+    """Whether `pixels` can tell the pixels of each patch."""
     joins_tiles: ClassVar[bool] = False
     """Whether features come tile by tile, and tiles whose placeholders touch are one image."""
     window_cuts_blocks: ClassVar[bool] = True

@@ -19,7 +19,8 @@ class Plan:
     """How a (batch, length) sequence shrinks to (batch, kept)."""
 
     index: Tensor
-    """(batch, kept): the old position of each new one; rows that keep fewer are filled up at the end."""
+    """(batch, kept): the old position of each new one; rows that keep fewer are filled up at the start, so that a cache
+    that holds a row's last keys only (a sliding window's) holds real ones."""
     mask: Tensor | None
     """(batch, kept) bool, False at the filling; None when no row needs any."""
     source: Tensor
@@ -29,9 +30,10 @@ class Plan:
 def plan(keep: Tensor, lengths: list[int]) -> Plan:
     """Plan for a (batch, length) bool mask whose rows keep `lengths` positions (known on the host: no device sync)."""
     longest = max(lengths)
-    index = (~keep).long().argsort(dim=1, stable=True)[:, :longest]
+    index = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
     mask = None if min(lengths) == longest else keep.gather(1, index)
-    return Plan(index, mask, (keep.long().cumsum(1) - 1).clamp(min=0))
+    order = keep.long().cumsum(1)
+    return Plan(index, mask, (order - 1 + longest - order[:, -1:]).clamp(min=0))
 
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:

@@ -39,7 +39,7 @@ def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Selection:
     """
     cells = torch.stack([_cells(tuple(parts), cell, scores.shape[1]) for parts in seen.parts]).to(scores.device)
     number = int(cells.max()) + 1
-    best = top_k(scores, seen, (keep - number).clamp(min=0)).keep
+    best = top_k(scores, seen, (keep - cells.amax(1) - 1).clamp(min=0)).keep
     group = torch.where(seen.valid & ~best, cells, number)  # the last group takes all that is not recycled
     floor = scores.new_full((len(scores), number + 1), -math.inf)
     highest = floor.scatter_reduce(1, group, scores, "amax").gather(1, group)

@@ -103,7 +103,7 @@ class Need:
         raise NotImplementedError
 
     def row(self, record: dict[str, Tensor], context: Tower | Forward) -> Tensor:
-        """What was seen, float32: of the tower (crops, channels, patches), of the decoder (images, channels, tokens)."""
+        """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder."""
         raise NotImplementedError
 
 
@@ -187,6 +187,8 @@ class PatchEntropy(Need):
     tower: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        if not adapter.has_pixels:
+            raise ValueError("this method looks at the pixels of patches, which this family packs: set its weight to 0")
         return {}
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
