@@ -60,7 +60,7 @@ def points(benchmark: str, checkpoint: str) -> list[tuple[str, float, float]]:
 
 
 def table(benchmark: str, rows: list[dict[str, Any]]) -> Table | None:
-    """Summary rows of a run beside what papers say about the benchmark, method by method; None where they say nothing.
+    """Summary rows of a run beside what papers say about its methods there; None where they say nothing.
 
     Papers count benchmarks in their own ways (POPE is often F1), and other checkpoints: compare "% of full".
     """
@@ -70,7 +70,8 @@ def table(benchmark: str, rows: list[dict[str, Any]]) -> Table | None:
         ("this run", row["method"], f"{row['tokens']:.1f}", 100 * row["accuracy"], 100 * rows[0]["accuracy"], "")
         for row in rows
     ]
-    found = [f for f in figures() if f.benchmark == benchmark and f.unit in ("percent", "points")]
+    run = {row["method"] for row in rows}
+    found = [f for f in figures() if f.benchmark == benchmark and f.method in run and f.unit in ("percent", "points")]
     lines += [(f.model, f.method, f"{f.tokens or ''}", f.value, f.full, f.source) for f in found]
     if not found:
         return None

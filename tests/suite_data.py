@@ -16,12 +16,21 @@ QUESTIONS = 8
 
 
 def save_all(folder: Path) -> None:
+    mixed = [scenes.example("test", 0, i) for i in range(QUESTIONS)]
     exist = [scenes.example("test", 0, scenes.TASKS.index("exist") + 9 * i) for i in range(QUESTIONS)]
     shape = [scenes.example("test", 0, scenes.TASKS.index("shape") + 9 * i) for i in range(QUESTIONS)]
-    _save(folder, "POPE", [pope(number, example) for number, example in enumerate(exist)])
-    _save(folder, "MME", [row for number in range(QUESTIONS // 2) for row in mme(number)])
-    _save(folder, "ai2d", [ai2d(example) for example in shape])
-    _save(folder, "ScienceQA", [scienceqa(number, example) for number, example in enumerate(shape)], "ScienceQA-IMG")
+    save(folder, "POPE", "test", default=[pope(number, example) for number, example in enumerate(exist)])
+    save(folder, "MME", "test", default=[row for number in range(QUESTIONS // 2) for row in mme(number)])
+    save(folder, "ai2d", "test", default=[ai2d(example) for example in shape])
+    save(folder, "textvqa", "validation", default=[textvqa(number, example) for number, example in enumerate(mixed)])
+    questions = {"ScienceQA-IMG": [scienceqa(number, example) for number, example in enumerate(shape)]}
+    save(folder, "ScienceQA", "test", **questions)
+    images = [{"id": str(number), "image": example.image} for number, example in enumerate(mixed)]
+    asked = [
+        {"id": str(number), "imageId": str(number), "question": example.question, "answer": example.answer}
+        for number, example in enumerate(mixed)
+    ]
+    save(folder, "GQA", "testdev", testdev_balanced_instructions=asked, testdev_balanced_images=images)
 
 
 def pope(number: int, example: scenes.Example) -> dict:
@@ -64,10 +73,25 @@ def scienceqa(number: int, example: scenes.Example) -> dict:
     }
 
 
-def _save(folder: Path, name: str, rows: list[dict], config: str = "default") -> None:
+def textvqa(number: int, example: scenes.Example) -> dict:
+    """All ten people agree."""
+    return {
+        "question_id": number,
+        "question": example.question,
+        "answers": [example.answer] * 10,
+        "ocr_tokens": [""],
+        "image": example.image,
+    }
+
+
+def save(folder: Path, name: str, split: str, **configs: list[dict]) -> None:
+    """A data set with one split, and the rows of each of its configurations."""
     where = folder / "lmms-lab-encoder" / name
     where.mkdir(parents=True)
-    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(where / "test.parquet")
-    (where / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
-    )
+    card = ["---", "configs:"]
+    for config, rows in configs.items():
+        data = Dataset.from_list(rows)
+        data = data.cast_column("image", Image()) if "image" in rows[0] else data
+        data.to_parquet(where / f"{config}.parquet")
+        card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {config}.parquet"]
+    (where / "README.md").write_text("\n".join([*card, "---", ""]))

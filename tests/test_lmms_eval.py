@@ -245,16 +245,19 @@ def test_an_oracle_gets_full_marks_of_the_true_metrics(model, monkeypatch):
             return "no idea"
         if task in ("ai2d", "scienceqa_img"):
             return "ABCDEF"[int(doc["answer"])] + "."
+        if task == "textvqa_val":
+            return doc["answers"][0]
         return tasks.answer(doc) if task == "vtc_scenes" else doc["answer"]
 
     monkeypatch.setattr(type(model), "_answers", answers)
     monkeypatch.setattr(type(model), "_report", lambda *_: None)
-    loaded = suites.load_tasks(("vtc_scenes", "pope", "mme", "ai2d", "scienceqa_img"))
+    loaded = suites.load_tasks(("vtc_scenes", "pope", "mme", "gqa", "textvqa_val", "scienceqa_img", "ai2d"))
     found = evaluator.simple_evaluate(model=model, tasks=list(loaded.values()), limit=8, bootstrap_iters=0)["results"]
     assert found["vtc_scenes"]["accuracy,none"] == 1
     assert found["pope"]["pope_accuracy,none"] == 7 / 8
     assert found["ai2d"]["exact_match,flexible-extract"] == 7 / 8
-    assert found["scienceqa_img"]["exact_match,none"] == 7 / 8
+    for task in ("gqa", "textvqa_val", "scienceqa_img"):
+        assert found[task]["exact_match,none"] == 7 / 8
     # of one category: percent of questions, and percent of images with both questions right
     assert found["mme"]["mme_perception_score,none"] == pytest.approx(100 * 7 / 8 + 100 * 3 / 4)
 
@@ -278,7 +281,6 @@ def test_questions_with_two_images_and_with_none(model):
 
 def test_images_that_become_different_numbers_of_tokens(model, monkeypatch):
     """LLaVA-NeXT: a batch is answered as each alone, and each row's tokens are counted."""
-    pytest.importorskip("vtc.integrations.llava_next")
     from vtc.eval.reader import Reader
 
     documents = [
@@ -503,8 +505,8 @@ def test_data_that_is_not_there(monkeypatch):
     from lmms_eval.api.task import ConfigurableTask
 
     monkeypatch.setattr(ConfigurableTask.download.retry, "sleep", lambda seconds: None)
-    with pytest.raises(ValueError, match=r"task gqa: \w+Error: .*lmms-lab-encoder/GQA"):
-        suites.load_tasks(("gqa",))
+    with pytest.raises(ValueError, match=r"task vizwiz_vqa_val: \w+Error: .*lmms-lab-encoder/VizWiz-VQA"):
+        suites.load_tasks(("vizwiz_vqa_val",))
 
 
 def test_a_task_that_cannot_score_says_so_before_the_work(tmp_path, monkeypatch):
