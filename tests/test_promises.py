@@ -445,13 +445,3 @@ def test_compressed_yields_a_trace_and_puts_an_outer_wrapping_back(llava):
         llava.generate(**inputs, **GREEDY)
     assert trace.average_tokens.tolist() == [4.0]
     assert torch.equal(logits(llava, inputs), outer)
-
-
-def test_a_cropped_cache_is_refused(llava):
-    inputs = prompt(llava)
-    vtc.wrap(llava, "random", 4)
-    with torch.no_grad():
-        cache = llava(**inputs).past_key_values
-        cache.crop(-1)
-        with pytest.raises(RuntimeError, match="cropped"):
-            llava(input_ids=torch.tensor([[7]]), past_key_values=cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,8 @@ class Encoded:
 
 @dataclass
 class Encoding:
-    """What one run of the tower showed. It travels as an attribute of the encoder's output object, which generate()
-    hands from encoding to prefill; for beams it repeats that object's features, row by row of the batch."""
+    """What one run of the tower showed. It travels as an entry of the encoder's output, which generate() hands from
+    encoding to prefill; for beams it repeats the features there, row by row of the batch."""
 
     images: list[Encoded]
     entries: int
@@ -83,6 +83,12 @@ class Span:
     origins: Tensor | None = None
     """(batch, length): the column of each key in the unpruned prompt; None where none has left."""
 
+    def cropped(self, count: int) -> Span:
+        """Without its last `count` keys."""
+        length = self.length - count
+        mask, origins = (None if x is None else x[:, :length] for x in (self.mask, self.origins))
+        return Span(self.start, length, mask, origins)
+
 
 @dataclass
 class CacheState:
@@ -93,9 +99,25 @@ class CacheState:
     trace: Trace
     shift: Tensor | None = None
     """(batch, 1): how far later positions move down, where survivors were renumbered without gaps."""
+    tail: int = 0
+    """How many keys at the end are the same tokens in every layer, so that a crop may take them back."""
 
     def span(self, layer: int) -> Span:
         return [span for span in self.spans if span.start <= layer][-1]
+
+    def cropped(self, held: int) -> CacheState:
+        """The state of the cache when layer 0 holds `held` keys: what was cropped since is taken back.
+
+        Raises RuntimeError for more than the text at its end: layers hold different tokens before that.
+        """
+        count = self.span(0).length - held
+        if not 0 <= count <= self.tail:
+            raise RuntimeError(
+                f"the cache holds {held} keys in layer 0 where vtc left {self.span(0).length}: a pruned cache can be "
+                f"cropped by the {self.tail} tokens of text at its end only; start again from the prompt"
+            )
+        spans = [span.cropped(count) for span in self.spans]
+        return replace(self, seen=self.seen - count, spans=spans, tail=self.tail - count)
 
     def attach(self, cache: Any) -> None:
         """generate() slices the next turn by `cache.get_seq_length()`, the length of layer 0: once tokens left before
@@ -107,7 +129,8 @@ class CacheState:
 
 
 def _true_length(cache: Any, layer_idx: int = 0) -> int:
-    return cache.vtc.seen if layer_idx == 0 else _held_length(cache, layer_idx)
+    held = _held_length(cache, layer_idx)
+    return held if layer_idx else cache.vtc.seen - (cache.vtc.span(0).length - int(held))
 
 
 def _held_length(cache: Any, layer_idx: int = 0) -> int:
@@ -150,6 +173,11 @@ class Forward:
     """By modality what the tower showed, and how many features the encoder's output holds."""
     images: list[Encoded] = field(default_factory=list)
     """The images and videos in prompt order."""
+    last_visual: int = -1
+    """The last column that holds a visual token in any row."""
+    padded_right: bool = False
+    ahead: int = 0
+    """Tokens at the end that do not belong to the prompt: guesses in assisted generation, or an answer to be rated."""
     record: Record = field(default_factory=dict)
     """What the hooks on the decoder have written."""
     rows: dict[Need, Tensor] = field(default_factory=dict)
@@ -202,15 +230,17 @@ class Forward:
 
     def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the text model runs: locate the tokens, run the encoder-site stages, align masks and positions."""
-        embeds, attention_mask = kwargs["inputs_embeds"], self._two_dimensional(kwargs)
+        embeds = kwargs["inputs_embeds"]
         self.batch, self.entered = embeds.shape[:2]
         self.length, self.device = self.entered, embeds.device
         self.started = Clock.now(self.device)
         self.cache = kwargs.get("past_key_values")
+        attention_mask = self._two_dimensional(kwargs)
         self.lengths = [self.length] * self.batch
         if attention_mask is not None:
             self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
-            self.lengths = self.mask.sum(1).tolist()
+            *self.lengths, filled = torch.cat((self.mask.sum(1), self.mask[:, -1:].all(0))).tolist()
+            self.padded_right = not filled
         self.state = self._past(attention_mask)
         self.shift = self.state.shift
         self._plan()
@@ -219,8 +249,7 @@ class Forward:
             if self.tokens is not None:
                 self._observe_tower()
             kwargs, self.late = self.compression.adapter.late_features(kwargs)
-            blocks = self.compression.adapter.blocks(self.inputs) if not self.state.seen else None
-            self.blocks = None if blocks is None else blocks.to(self.device)
+            self._find_blocks()
             kwargs = self._encoder_site(embeds, kwargs)
         self._begin_span(0)
         return kwargs
@@ -228,16 +257,32 @@ class Forward:
     def _two_dimensional(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The (batch, cached + current) mask. A family that makes its own masks out of it got it one call earlier."""
         masks = (kwargs.get("attention_mask"), self.inputs.get("attention_mask"))
-        return next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2), None)
+        for mask in masks:
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                return mask
+        if not getattr(self.cache, "is_compileable", False) or self.cache.get_seq_length():
+            return None
+        # generate() prepares masks ahead for static caches: the last token of a prompt sees all that is real
+        mask = masks[1].get("full_attention") if isinstance(masks[1], dict) else masks[1]
+        if mask is None:
+            return None
+        row = mask[:, 0, -1, : self.entered]
+        return row if row.dtype == torch.bool else row == 0
+
+    def _find_blocks(self) -> None:
+        blocks = self.compression.adapter.blocks(self.inputs) if not self.state.seen else None
+        if blocks is not None:
+            self.blocks = blocks.to(self.device)
+            if self.ahead:  # a guess is no part of the prompt's block, whatever the text model would make of it
+                self.blocks[:, -self.ahead :], self.own = -1, True
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         """Raise for what cannot be pruned exactly."""
-        given = self.inputs.get("attention_mask")
-        if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
-            raise ValueError(
-                "vtc prunes under attention masks of shape (batch, length); this one is "
-                f"{'4-D' if isinstance(given, Tensor) else 'prepared'}"
-            )
+        given, static = self.inputs.get("attention_mask"), getattr(self.cache, "is_compileable", False)
+        if isinstance(given, Tensor) and given.ndim != 2 and not static:
+            raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+        if static and any(self._window(layer) is not None for layer in range(len(self.compression.adapter.layers))):
+            raise ValueError("a static cache cannot hold a pruned prompt beyond a sliding window: use a DynamicCache")
 
     def _encoder_site(self, embeds: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions = kwargs.get("position_ids")
@@ -263,14 +308,9 @@ class Forward:
     def _past(self, attention_mask: Tensor | None) -> CacheState:
         """What the cache holds. Without a state of ours it holds every layer's keys in full."""
         if (state := getattr(self.cache, "vtc", None)) is not None:
-            held = self.cache.layers[0].get_seq_length()
-            if held != state.span(0).length:
-                raise RuntimeError(
-                    f"the cache holds {held} keys in layer 0 where vtc left {state.span(0).length}: a pruned cache "
-                    "cannot be cropped or edited; start again from the prompt"
-                )
-            return state
-        seen = self.cache.get_seq_length() if self.cache is not None else 0
+            held = int(self.cache.layers[0].get_seq_length())
+            return state if held == state.span(0).length else state.cropped(held)
+        seen = int(self.cache.get_seq_length()) if self.cache is not None else 0
         past = attention_mask[:, : -self.length].bool() if seen and attention_mask is not None else None
         return CacheState(seen, [Span(0, seen, past)], Trace())
 
@@ -314,6 +354,7 @@ class Forward:
             found = _joined(found, self.length)
         rows = [first // self.length for *_, first, _ in found]
         self.images = [image for image, *_ in found]
+        self.last_visual = max(last % self.length for *_, last in found)
         self.tokens = Tokens.locate([place for _, place, *_ in found], self.length, rows)
         return rows
 
@@ -368,7 +409,9 @@ class Forward:
         adapter, past = self.compression.adapter, self.state.span(layer)
         config, blocks, overlay = adapter.decoder.config, None, None
         if self.blocks is not None:
-            blocks = torch.nn.functional.pad(self.blocks, (past.length, 0), value=-1)
+            held = past.length + self.length
+            room = 0 if self.cache is None else sum(self.cache.get_mask_sizes(self.length, layer)) - held
+            blocks = torch.nn.functional.pad(self.blocks, (past.length, room), value=-1)
         if window is not None:
             if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
                 raise ValueError(
@@ -535,8 +578,8 @@ class Forward:
         return x.gather(2, self.tokens.position[:, None].expand(-1, x.shape[1], -1))
 
     def last_positions(self) -> Tensor:
-        """Where each row's last real token sits in the current sequence: (batch, 1)."""
-        last = torch.full((self.batch, 1), self.length - 1, device=self.device)
+        """Where the last token of each row's prompt sits in the current sequence: (batch, 1)."""
+        last = torch.full((self.batch, 1), self.length - 1 - self.ahead, device=self.device)
         return last if self.mask is None else last - self.mask.flip(1).long().argmax(1, keepdim=True)
 
     def text_after_images(self) -> tuple[Tensor, Tensor]:
@@ -546,7 +589,7 @@ class Forward:
         places = torch.arange(self.length, device=self.device)
         end = tokens.position.masked_fill(~tokens.valid, -1).amax(1)
         start = torch.full((self.batch,), self.length, device=self.device).scatter_reduce(0, tokens.row, end, "amin")
-        text = places > start[:, None]
+        text = (places > start[:, None]) & (places < self.length - self.ahead)
         text[tokens.row[:, None].expand_as(tokens.position)[tokens.valid], tokens.position[tokens.valid]] = False
         if self.mask is not None:
             text = text & self.mask
@@ -574,7 +617,7 @@ class Forward:
     def _cached_keys(self, layer: int) -> Tensor:
         """The keys that decoder layer `layer` had in the cache before this call."""
         cached = self.cache.layers[layer]
-        if cached.keys.shape[2] != cached.get_seq_length():
+        if cached.keys.ndim != 4 or cached.keys.shape[2] != cached.get_seq_length():
             raise ValueError(
                 f"{type(cached).__name__} does not hold all past keys as they were, and this method looks at them: "
                 "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
@@ -626,8 +669,15 @@ class Forward:
                 )
         cache = outputs.past_key_values
         if cache is not None:
-            CacheState(self.state.seen + self.entered, self.spans, self.state.trace, self.shift).attach(cache)
+            seen, trace = self.state.seen + self.entered, self.state.trace
+            CacheState(seen, self.spans, trace, self.shift, self._tail()).attach(cache)
         self.state.trace.clock.add("prefill" if self.images else "decode", self.started, self.device)
+
+    def _tail(self) -> int:
+        """See `CacheState.tail`: text after the last image of any row; none where padding follows it."""
+        if not self.images:
+            return self.state.tail + self.entered
+        return 0 if self.padded_right else self.entered - 1 - self.last_visual
 
     def _restored(self, layer: int, states: Tensor) -> Tensor:
         sources = [source for start, source in self.sources if start <= layer]

@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from vtc.stage import Budget, Method, check_budget
 from vtc.trace import Clock, Trace
 
 Model = TypeVar("Model", bound=nn.Module)
+asked: ContextVar[int] = ContextVar("vtc_asked", default=0)
+"""How many positions at the end the running call wants logits of: all but the first of them come after the prompt."""
 
 
 def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Model:
@@ -118,6 +121,7 @@ class Compression:
             name = f"get_{modality}_features"
             setattr(backbone, name, self._observed_features(modality, getattr(backbone, name)))
         self._handles = [
+            self.adapter.model.register_forward_pre_hook(self._ask, with_kwargs=True),
             backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
             backbone.register_forward_hook(self._leave, always_call=True),
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
@@ -155,9 +159,9 @@ class Compression:
             call = signature.bind(*args, **kwargs).arguments
             images = self._encoded(record, {**call, **call.pop("kwargs", {})}, outputs.pooler_output)
             spans = [("vision", start, seen), ("score", seen, Clock.now(self.adapter.model.device))]
-            outputs.vtc = Encoding(images, len(outputs.pooler_output), spans)
+            outputs["vtc"] = Encoding(images, len(outputs.pooler_output), spans)  # an entry outlives moves to a device
             if (forward := current.get()) is not None:
-                forward.encodings[modality] = (outputs.vtc, outputs.vtc.entries)
+                forward.encodings[modality] = (outputs["vtc"], len(outputs.pooler_output))
             return outputs
 
         return get_features
@@ -172,11 +176,16 @@ class Compression:
             Encoded({need: rows[image].T for need, rows in packed.items()}, grids) for image, grids in enumerate(parts)
         ]
 
+    def _ask(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        keep = kwargs.get("logits_to_keep")
+        asked.set(keep if isinstance(keep, int) else 0)
+
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-        forward = Forward(self, given, self._modalities(given.get("input_ids"), given.get("inputs_embeds")))
+        modalities = self._modalities(given.get("input_ids"), given.get("inputs_embeds"))
+        forward = Forward(self, given, modalities, ahead=max(asked.get() - 1, 0))
         for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
-            forward.encodings[modality] = (getattr(outputs, "vtc", None), len(outputs.pooler_output))
+            forward.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
         current.set(forward)
 
     def _modalities(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
@@ -193,6 +202,7 @@ class Compression:
     def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
         current.set(None)
         recording.set(None)
+        asked.set(0)
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if (forward := current.get()) is None:

@@ -1,0 +1,318 @@
+"""The generation contract: every way in which transformers generates, on pruned prompts."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from models import FAMILIES, batch, prompt, rows
+from table import METHODS
+from transformers import DynamicCache, TextStreamer
+from transformers.cache_utils import QuantizedLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtc
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+SITES = ["vtc-cls", "fastv-early", "transprune-high"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    yield FAMILIES[request.param].model
+    vtc.unwrap(FAMILIES[request.param].model)
+
+
+@pytest.fixture
+def llava():
+    yield FAMILIES["llava"].model
+    vtc.unwrap(FAMILIES["llava"].model)
+
+
+def windowed(model) -> bool:
+    return any(window is not None for window in oracle.windows(model))
+
+
+# -- caches that are taken back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_guesses_from_the_prompt_change_nothing(model, setting):
+    """Assisted generation: guessed tokens are in the prefill too, but no prompt; wrong ones are cropped."""
+    inputs = prompt(model)
+    inputs["input_ids"][0, -6:-3] = inputs["input_ids"][0, -3:]  # an n-gram to guess from
+    vtc.wrap(model, *METHODS[setting])
+    expected = model.generate(**inputs, **GREEDY)
+    guessed = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+    assert torch.equal(guessed.sequences, expected)
+    assert model.vtc.trace.tokens_per_layer[0, -1] < model.vtc.trace.sizes[0] * len(model.vtc.trace.sizes)
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_an_assistant_changes_nothing(setting):
+    """The assistant is wrapped, too: its cache is cropped as well."""
+    model, assistant = (FAMILIES["llava"].build(seed=seed) for seed in (0, 1))
+    inputs = prompt(model)
+    vtc.wrap(model, *METHODS[setting])
+    expected = model.generate(**inputs, **GREEDY)
+    for helper in (assistant, vtc.wrap(assistant, "random", 9)):
+        assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=helper), expected)
+
+
+def test_a_cropped_cache_goes_on_from_where_it_was(llava):
+    inputs = prompt(llava, (1, 2))
+    vtc.wrap(llava, "fastv", 0.4)
+    step = torch.tensor([[7], [9]])
+    with torch.no_grad():
+        cache = llava(**inputs).past_key_values
+        twin = copy.deepcopy(cache)
+        expected = llava(input_ids=step, past_key_values=twin).logits
+        llava(input_ids=torch.tensor([[3, 4, 5], [5, 4, 3]]), past_key_values=cache)
+        cache.crop(-3)
+        torch.testing.assert_close(llava(input_ids=step, past_key_values=cache).logits, expected)
+
+
+def test_a_cache_cropped_into_the_images_is_refused(llava):
+    inputs = prompt(llava)
+    vtc.wrap(llava, "random", 4)
+    with torch.no_grad():
+        cache = llava(**inputs).past_key_values
+        cache.crop(-10)
+        llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        cache.crop(-2)
+        with pytest.raises(RuntimeError, match="cropped by the 1 tokens"):
+            llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+# -- kinds of caches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SITES)
+@pytest.mark.parametrize("images", [(1,), (2, 0, 1)])
+def test_a_static_cache_holds_the_same(model, setting, images):
+    if model is FAMILIES["paligemma2"].model:
+        pytest.skip("transformers itself has no static cache for PaliGemma 2")
+    inputs = prompt(model, images)
+    vtc.wrap(model, *METHODS[setting])
+    if windowed(model):
+        with pytest.raises(ValueError, match="static cache cannot hold"):
+            model.generate(**inputs, **GREEDY, cache_implementation="static")
+        return
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
+class Int8Layer(QuantizedLayer):
+    """Keys and values as int8 with one scale a token and head, in transformers' own frame for quantised caches."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, tensor):
+        return tensor[0] * tensor[1]
+
+
+def quantised(model) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [Int8Layer(residual_length=4) for _ in oracle.layers(model)]
+    return cache
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_a_quantised_cache(model, setting):
+    """A pruned cache in int8 gives nearly the logits of the pruned cache."""
+    if windowed(model):
+        pytest.skip("transformers has no quantised sliding window")
+    inputs = prompt(model, (1,))
+    vtc.wrap(model, *METHODS[setting])
+    step = torch.tensor([[7]])
+    with torch.no_grad():
+        expected = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
+        cache = model(**inputs, past_key_values=quantised(model)).past_key_values
+        logits = model(input_ids=step, past_key_values=cache).logits
+    error = (logits - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 1
+
+
+def test_a_quantised_cache_is_not_looked_into(llava):
+    first, second = rows(llava, (1,), seed=1)[0], rows(llava, (1,), seed=2)[0]
+    mask = batch(llava, [first + second])["attention_mask"]
+    vtc.wrap(llava, "fastv", 0.5)
+    with torch.no_grad():
+        cache = llava(**batch(llava, [first]), past_key_values=quantised(llava)).past_key_values
+        with pytest.raises(ValueError, match="Int8Layer does not hold all past keys"):
+            llava(**{**batch(llava, [second]), "attention_mask": mask}, past_key_values=cache)
+
+
+# -- sampling and streaming ----------------------------------------------------------------------------------------
+
+
+def test_streaming_and_stopping(model):
+    """What a streamer is handed is what is returned."""
+
+    class Tokens(TextStreamer):
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen.append(value.flatten())
+
+        def end(self):
+            self.seen = torch.cat(self.seen)
+
+    inputs, streamer = prompt(model), Tokens()
+    vtc.wrap(model, "vtc-cls", 0.3)
+    out = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert torch.equal(streamer.seen, out[0])
+
+
+def test_contrastive_settings_of_sampling(model):
+    """Seeded sampling is repeatable, and rows of one prompt differ."""
+    inputs = prompt(model, (1, 2))
+    vtc.wrap(model, "fastv", 0.4)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "num_return_sequences": 3, "top_p": 0.95, "temperature": 1.5, "max_new_tokens": 6}
+        draws.append(model.generate(**inputs, **options))
+    assert torch.equal(*draws)
+    assert len({tuple(row.tolist()) for row in draws[0][:, -6:]}) > 2
+
+
+# -- numbers of other kinds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("setting", SITES)
+def test_half_precision(model, setting, dtype):
+    """Nothing comes back in another type, and what is kept agrees with float32 for the most part."""
+    inputs = prompt(model, (2, 0, 1))
+    vtc.wrap(model, *METHODS[setting])
+    with torch.no_grad():
+        model(**inputs)
+    expected = [set(kept.tolist()) for kept in model.vtc.trace.kept()]
+    half = vtc.wrap(copy.deepcopy(vtc.unwrap(model)).to(dtype), *METHODS[setting])
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    out = half.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert out.past_key_values.layers[-1].keys.dtype == dtype
+    assert torch.stack(out.logits).isfinite().all()
+    agreement = [len(a & set(b.tolist())) / len(a) for a, b in zip(expected, half.vtc.trace.kept(), strict=True) if a]
+    assert min(agreement) > 0.6
+
+
+# -- other devices, other weights, compilers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_layers_on_disk(model, setting, tmp_path):
+    """A decoder that is read from disk layer by layer, as by `device_map`, answers as the one in memory."""
+    from accelerate import disk_offload
+
+    inputs = prompt(model, (1, 2))
+    expected = vtc.wrap(model, *METHODS[setting]).generate(**inputs, **GREEDY)
+    vtc.unwrap(model)
+    offloaded = copy.deepcopy(model)
+    for number, layer in enumerate(oracle.layers(offloaded)):
+        disk_offload(layer, str(tmp_path / str(number)), execution_device="cpu", offload_buffers=True)
+    assert all(weight.device.type == "meta" for weight in oracle.layers(offloaded)[0].parameters())
+    vtc.wrap(offloaded, *METHODS[setting])
+    assert torch.equal(offloaded.generate(**inputs, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_a_compiled_decoder_answers_the_same(llava, setting):
+    inputs = prompt(llava, (1, 2))
+    expected = vtc.wrap(llava, *METHODS[setting]).generate(**inputs, **GREEDY)
+    vtc.unwrap(llava)
+    compiled = copy.deepcopy(llava)
+    for layer in oracle.layers(compiled):
+        layer.compile(backend="eager")
+    vtc.wrap(compiled, *METHODS[setting])
+    assert torch.equal(compiled.generate(**inputs, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("setting", SITES)
+def test_int8_weights(model, setting):
+    """torchao's int8 weights: the masking oracle holds on the quantised model itself."""
+    quantization = pytest.importorskip("torchao.quantization")
+    quantised = copy.deepcopy(model)
+    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    inputs = prompt(model)
+    vtc.wrap(quantised, *METHODS[setting])
+    out = quantised.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    trace = quantised.vtc.trace
+    vtc.unwrap(quantised)
+    new, start = out.sequences[:, inputs["input_ids"].shape[1] :], inputs["input_ids"].shape[1]
+    expected = oracle.masked_logits(quantised, trace, inputs, new[:, :-1])[:, start - 1 :]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, atol=1e-3, rtol=1e-3)
+
+
+# -- masks of kernels that this machine does not have --------------------------------------------------------------
+
+
+def masks_of(model, implementation: str, inputs: dict) -> list:
+    """What each decoder layer is handed as its mask when the decoder's kernel is `implementation`, which never runs."""
+    seen, text = [], model.config.text_config
+    before = text._attn_implementation
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((kwargs["attention_mask"], kwargs.get("position_ids"))),
+            with_kwargs=True,
+        )
+        for layer in oracle.layers(model)
+    ]
+
+    def stand_in(module, query, key, value, mask, **_):
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("stand-in", stand_in)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("stand-in", ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    text._attn_implementation = "stand-in"
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        text._attn_implementation = before
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def test_flash_attention_gets_a_padding_mask_or_none(llava):
+    """Of the length of the keys; none where a row has no gaps; never positions, whose gaps look like packed prompts."""
+    single, padded = prompt(llava, (1,)), prompt(llava, (2, 0, 1))
+    vtc.wrap(llava, "fastv", 0.4)
+    assert [mask for mask, _ in masks_of(llava, "flash_attention_2", single)] == [None] * 6
+    masks = masks_of(llava, "flash_attention_2", padded)
+    kept, text = llava.vtc.trace.tokens_per_layer, (padded["input_ids"] > 0).sum(1) - torch.tensor([72, 0, 36])
+    for layer in range(1, 6):
+        mask, positions = masks[layer]
+        assert positions is None
+        assert mask.ndim == 2
+        assert torch.equal(mask.sum(1), text + kept[:, layer])
+
+
+def test_flex_attention_gets_a_block_mask(llava):
+    padded = prompt(llava, (2, 0, 1))
+    vtc.wrap(llava, "fastv", 0.4)
+    masks = masks_of(llava, "flex_attention", padded)
+    expected = masks_of(llava, "sdpa", padded)
+    for (block, _), (dense, _) in zip(masks[1:], expected[1:], strict=True):
+        batch_size, _, queries, keys = dense.shape
+        places = (torch.arange(n) for n in (batch_size, queries, keys))
+        row, query, key = torch.meshgrid(*places, indexing="ij")
+        assert torch.equal(block.mask_mod(row, torch.tensor(0), query, key), dense[:, 0])
+
+
+def test_flash_attention_refuses_a_window_that_hides(llava):
+    """Its window counts the keys that are left; a shorter prompt is no matter."""
+    model = FAMILIES["llava_next"].model
+    vtc.wrap(model, "fastv", 0.4)
+    try:
+        with pytest.raises(ValueError, match="counts its sliding window of 90 tokens"):
+            masks_of(model, "flash_attention_2", prompt(model, (1,)))
+    finally:
+        vtc.unwrap(model)
