@@ -1,0 +1,264 @@
+"""What each adapter says about its family, against the model itself.
+
+Scores are recomputed from whole attention matrices, and the way from patches to visual tokens is read off gradients, so
+that nothing here knows how a family packs, merges, pools or reorders.
+"""
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import pytest
+import torch
+from models import FAMILIES, prompt, visual
+from table import parametrize as pytest_generate_tests  # noqa: F401
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtc
+from vtc.methods.fastv import FastV
+from vtc.methods.vflowopt import VFlowOpt
+from vtc.methods.vtc_cls import VtcCls
+
+VIDEOS = [name for name, family in FAMILIES.items() if family.video]
+
+
+@pytest.fixture
+def model(request):
+    yield FAMILIES[request.param].model
+    vtc.unwrap(FAMILIES[request.param].model)
+
+
+@contextmanager
+def matrices(config):
+    """All attention matrices of the part of a model that has this config: lists of (batch, heads, q, k) by module."""
+    found, before = defaultdict(list), config._attn_implementation
+
+    def attend(module, query, key, value, attention_mask, scaling, softcap=None, **_):
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        logits = query @ key.transpose(-1, -2) * scaling
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        weights = (logits if attention_mask is None else logits + attention_mask).softmax(-1)
+        found[module].append(weights.detach())
+        return (weights @ value).transpose(1, 2), weights
+
+    ALL_ATTENTION_FUNCTIONS.register("matrices", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("matrices", eager_mask)
+    config._attn_implementation = "matrices"
+    try:
+        yield found
+    finally:
+        config._attn_implementation = before
+
+
+def encode(model, inputs: dict, modality: str) -> list[torch.Tensor]:
+    """The features of all images or videos, (tokens, width) each."""
+    encoder = getattr(model.base_model, f"get_{modality}_features")
+    pixels = "pixel_values_videos" if modality == "video" else "pixel_values"
+    names = (pixels, "image_sizes", f"{modality}_grid_thw")
+    return list(encoder(**{name: inputs[name] for name in names if name in inputs}).pooler_output)
+
+
+def shares(model, inputs: dict, modality: str) -> torch.Tensor:
+    """(tokens, patches): how much of each visual token comes from each patch, by the model's own gradients.
+
+    Taken at the projector's output where packing comes after it, and is linear; else each patch that matters counts
+    the same.
+    """
+    backbone, taken = model.base_model, []
+    packs_last = modality == "image" and hasattr(backbone, "pack_image_features")
+    packs_last |= model.config.model_type in ("llava", "vipllava", "llava_onevision", "paligemma")
+
+    def take(module, args, output):
+        taken.append(output.detach().requires_grad_())
+        return taken[-1]
+
+    def take_input(module, args):
+        taken.append(args[0].detach().requires_grad_())
+        return (taken[-1],)
+
+    if packs_last:
+        handle = backbone.multi_modal_projector.register_forward_hook(take)
+    elif hasattr(backbone, "visual"):
+        handle = backbone.visual.merger.register_forward_pre_hook(take_input)
+    elif hasattr(backbone, "vision_resampler"):
+        handle = backbone.vision_resampler.register_forward_pre_hook(take_input)
+    else:
+        handle = vtc.adapter.find(model).tower_blocks()[-1].register_forward_hook(take)
+    features = torch.cat(encode(model, inputs, modality))
+    handle.remove()
+    states = taken[0]
+    rows = []
+    for token in range(len(features)):
+        (grad,) = torch.autograd.grad(features[token, 0], states, retain_graph=True, allow_unused=True)
+        rows.append(grad[..., 0] if packs_last else grad.abs().sum(-1))
+    rows = torch.stack(rows)
+    if model.config.model_type == "internvl":
+        rows = rows[:, :, 1:]  # taken in the tower, where there is a CLS token yet
+    rows = rows.flatten(1)
+    return rows if packs_last else (rows > 0).float() / (rows > 0).sum(1, keepdim=True).clamp(min=1)
+
+
+def patch_scores(model, inputs: dict, modality: str) -> torch.Tensor:
+    """CLS attention, or without CLS the mean attention received, of all patches of all crops in the tower's order."""
+    adapter = vtc.adapter.find(model)
+    block = adapter.tower_blocks()[-1]
+    module = next(child for name, child in block.named_children() if "att" in name)
+    with matrices(model.config.vision_config) as found, torch.no_grad():
+        encode(model, inputs, modality)
+    crops = [crop.mean(0) for weights in found[module] for crop in weights]
+    return torch.cat([crop[0, 1:] if adapter.has_cls() else crop.mean(0) for crop in crops])
+
+
+@pytest.mark.parametrize(
+    ("name", "modality"), [(name, "image") for name in FAMILIES] + [(name, "video") for name in VIDEOS]
+)
+def test_the_scores_of_the_tower_reach_their_tokens(name, modality):
+    model = FAMILIES[name].model
+    inputs = prompt(model, (2, 1) if modality == "image" else ("v", "v"))
+    expected = shares(model, inputs, modality) @ patch_scores(model, inputs, modality)
+    vtc.wrap(model, VtcCls(layers=1), 0.5)
+    with torch.no_grad():
+        model(**inputs)
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    torch.testing.assert_close(torch.cat(trace.scores(0)), expected, atol=1e-6, rtol=1e-4)
+    for scores, kept in zip(torch.cat(trace.scores(0)).split(trace.sizes), trace.maps(0), strict=True):
+        stays = torch.cat([part.flatten() for part in kept])
+        assert scores[stays].min() >= scores[~stays].max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("images", [(1,), (2, 0, 1), ("iv", "v")])
+def test_the_attention_of_the_last_token_is_the_models_own(name, images):
+    """With rotary embeddings of all kinds, norms and caps of logits, windows, and prefixes that see both ways."""
+    model = FAMILIES[name].model
+    if "iv" in images and not FAMILIES[name].video:
+        images = (1, 1, 2)
+    inputs = prompt(model, images)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if FAMILIES[name].first_position is not None:
+        inputs["position_ids"] = positions + FAMILIES[name].first_position
+    with matrices(model.config.text_config) as found, torch.no_grad():
+        model(**inputs, use_cache=False)
+    rows = [weights[0][:, :, -1].mean(1) for weights in found.values()]
+    vtc.wrap(model, FastV(layer=2), 0.7)
+    with torch.no_grad():
+        model(**inputs)
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    for row, scores in enumerate(trace.scores()):
+        torch.testing.assert_close(scores, rows[1][row][visual(inputs["input_ids"][row])], atol=1e-6, rtol=1e-4)
+
+
+def test_the_trace_tells_tiles_and_frames(model, method, inputs):
+    """Its grids hold all tokens of each image, and its maps those that are left."""
+    vtc.wrap(model, *method)
+    with torch.no_grad():
+        model(**inputs)
+    trace = model.vtc.trace
+    assert sum(trace.sizes) == visual(inputs["input_ids"]).sum()
+    assert [sum(height * width for height, width in parts) for parts in trace.parts] == trace.sizes
+    left = [sum(int(part.sum()) for part in parts) for parts in trace.maps()]
+    for row, kept in enumerate(trace.kept()):
+        assert sum(count for count, image in zip(left, trace.rows, strict=True) if image == row) == len(kept)
+
+
+@pytest.fixture
+def method(request):
+    from table import METHODS
+
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def inputs(request, model):
+    from table import BATCHES
+
+    images, pad = BATCHES[request.param]
+    return prompt(model, images, pad=pad)
+
+
+def test_grids_of_each_family():
+    """A newline is a column; frames and tiles stand for themselves; tiles of one image are joined."""
+
+    def parts(name, images):
+        model = FAMILIES[name].model
+        vtc.wrap(model, "uniform", 0.5)
+        with torch.no_grad():
+            model(**prompt(model, images))
+        found = model.vtc.trace.parts
+        vtc.unwrap(model)
+        return found
+
+    assert parts("llava_next", (3,)) == [[(6, 6), (6, 13)], [(6, 6), (8, 7)], [(6, 6), (12, 13)]]
+    assert parts("llava_onevision", ("v",)) == [[(3, 3), (3, 3), (3, 3), (1, 1)]]
+    assert parts("llava_next_video", ("v",)) == [[(3, 3)] * 3]
+    assert parts("qwen2_5_vl", ("iv",)) == [[(4, 6)], [(4, 3)] * 3]
+    assert parts("qwen3_vl", ("v",)) == [[(4, 3)] * 2]
+    assert parts("internvl", (2,)) == [[(6, 6)], [(6, 6)] * 3]
+    assert parts("smolvlm", (1,)) == [[(6, 6)], [(6, 6)]]
+    assert parts("gemma3", (1,)) == parts("paligemma", (1,)) == [[(6, 6)]]
+
+
+def test_an_even_grid_is_shared_out_over_tiles_and_frames():
+    model = FAMILIES["qwen2_vl"].model
+    vtc.wrap(model, "uniform", 8)
+    with torch.no_grad():
+        model(**prompt(model, ("v", "i"), seed=1))
+    video, image = model.vtc.trace.maps()
+    vtc.unwrap(model)
+    assert sorted(int(frame.sum()) for frame in video) == [2, 3, 3]
+    assert int(image[0].sum()) == 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_method_runs_on_every_family(name):
+    """Or says early why it does not."""
+    model, ran = FAMILIES[name].model, []
+    for method in sorted(set(vtc.methods()) - {"atp"}):
+        vtc.wrap(model, method, 0.7)
+        with torch.no_grad():
+            model(**prompt(model, (2, 1)))
+        share = sum(model.vtc.trace.average_tokens) / sum(model.vtc.trace.sizes)
+        assert share == pytest.approx(0.7, abs=0.05)
+        ran.append(method)
+    vtc.unwrap(model)
+    assert {"fastv", "random", "transprune", "uniform", "vflowopt", "vtc-cls"} <= set(ran)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_entropy_of_pixels_or_an_early_error(name):
+    model = FAMILIES[name].model
+    method = VFlowOpt(alpha=0.5, threshold=1.2)
+    if not vtc.adapter.find(model).has_pixels:
+        with pytest.raises(ValueError, match="pixels of patches, which this family packs"):
+            vtc.wrap(model, method, 0.5)
+        return
+    scores = []
+    for weight in (method, VFlowOpt(threshold=1.2)):
+        vtc.wrap(model, weight, 0.5)
+        with torch.no_grad():
+            model(**prompt(model, (2, 1)))
+        scores.append(torch.cat(model.vtc.trace.scores(0)))
+        vtc.unwrap(model)
+    assert (scores[0] > scores[1]).float().mean() > 0.9  # entropies are positive, but newlines have none
+
+
+def test_positions_in_three_axes_are_not_renumbered():
+    model = FAMILIES["qwen2_5_vl"].model
+    vtc.wrap(model, VtcCls(positions="contiguous"), 0.5)
+    with pytest.raises(ValueError, match="time, height and width cannot be renumbered"):
+        model(**prompt(model))
+    vtc.unwrap(model)
+
+
+def test_features_from_before_are_told_apart():
+    model = FAMILIES["gemma3"].model
+    inputs = prompt(model)
+    features = {"image": model.base_model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+    vtc.wrap(model, "random", 0.5)
+    with pytest.raises(RuntimeError, match=r"encoded before vtc\.wrap"):
+        model(**inputs, mm_encoder_outputs=features)
+    vtc.unwrap(model)
