@@ -6,6 +6,7 @@ that nothing here knows how a family packs, merges, pools or reorders.
 
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import vtc
 from vtc.methods.fastv import FastV
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
+from vtc.observe import TextRow
+from vtc.stage import Method, Stage
 
 VIDEOS = [name for name, family in FAMILIES.items() if family.video]
 
@@ -150,6 +153,47 @@ def test_the_attention_of_the_last_token_is_the_models_own(name, images):
     vtc.unwrap(model)
     for row, scores in enumerate(trace.scores()):
         torch.testing.assert_close(scores, rows[1][row][visual(inputs["input_ids"][row])], atol=1e-6, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Asked(Method):
+    """Drops what the text after an image attends to least in decoder layer 1."""
+
+    ahead: bool = False
+    name = "asked"
+
+    def stages(self, shape):
+        need = TextRow(1, ahead=self.ahead)
+        return (Stage(need.before, lambda seen: seen[need][:, 0], (need,)),)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_attention_of_the_question_is_the_models_own(name, ahead):
+    """The mean over heads and over the text that follows each image; within a prefix it also sees what comes later."""
+    model = FAMILIES[name].model
+    inputs = prompt(model, (2, 0, 1))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if FAMILIES[name].first_position is not None:
+        inputs["position_ids"] = positions + FAMILIES[name].first_position
+    with matrices(model.config.text_config) as found, torch.no_grad():
+        model(**inputs, use_cache=False)
+    weights = [weights[0].mean(1) for weights in found.values()][1]
+    vtc.wrap(model, Asked(ahead=ahead), 0.7)
+    with torch.no_grad():
+        model(**inputs)
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    scores = trace.scores()
+    for row in (0, 2):
+        is_visual, taken = visual(inputs["input_ids"][row]), 0
+        places = is_visual.nonzero()[:, 0]
+        for image in (number for number, where in enumerate(trace.rows) if where == row):
+            mine = places[taken : taken + trace.sizes[image]]
+            text = ~is_visual & (torch.arange(len(is_visual)) > mine[-1])
+            expected = weights[row][text][:, mine].mean(0)
+            torch.testing.assert_close(scores[row][taken : taken + len(mine)], expected, atol=1e-6, rtol=1e-4)
+            taken += len(mine)
 
 
 def test_the_trace_tells_tiles_and_frames(model, method, inputs):
