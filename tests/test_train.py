@@ -167,19 +167,19 @@ def succeeded(*arguments):
 
 
 def test_bench_prints_ratios_and_writes_them(checkpoint, tmp_path):
-    out = tmp_path / "bench.json"
-    options = ("--shape", checkpoint, "--budget", "4", "--rounds", "1", "--new-tokens", "2", "--out", out)
+    options = ("--shape", checkpoint, "--budgets", "4", "--rounds", "1", "--new-tokens", "2", "--out", tmp_path)
     printed = succeeded("bench", *options)
-    result = json.loads(out.read_text())
-    assert result["tokens"] == {"full": 16, "average": 4.0, "last": 4, "text": 60}
-    assert f"{result['full']['kv_bytes'] / result['pruned']['kv_bytes']:.2f}x" in printed
-    assert result["full"]["kv_bytes"] / result["pruned"]["kv_bytes"] == pytest.approx(76 / 64)
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["tokens"] == {"full": 16, "average": 4.0, "last": 4, "text": 60}
+    assert f"{row['full']['kv_bytes'] / row['pruned']['kv_bytes']:.2f}x" in printed
+    assert row["full"]["kv_bytes"] / row["pruned"]["kv_bytes"] == pytest.approx(76 / 64)
+    assert Image.open(tmp_path / "bench.png").width > 100
 
 
 def test_train_tune_and_compare_from_the_command_line(checkpoint, tmp_path):
     modules, tuned, out = tmp_path / "atp", tmp_path / "tuned.json", tmp_path / "out"
     succeeded("train", "atp", "--model", checkpoint, "--budget", "0.5", "--steps", "2", "--out", modules)
-    assert {file.name for file in modules.iterdir()} == {"config.json", "model.safetensors", "recipe.json"}
+    assert {file.name for file in modules.iterdir()} == {"config.json", "model.safetensors", "report.json"}
     sizes = ("--samples", "2", "--trials", "2")
     succeeded("tune", "--model", checkpoint, "--method", "transprune", "--budget", "0.5", *sizes, "--out", tuned)
     succeeded("eval", "--model", checkpoint, "--methods", tuned, "--budgets", "0.5", "--limit", "2", "--out", out)
