@@ -257,6 +257,24 @@ def test_an_even_grid_is_shared_out_over_tiles_and_frames():
     assert int(image[0].sum()) == 8
 
 
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "llava_onevision", "qwen2_vl"])
+def test_tiles_and_frames_may_share_a_budget_evenly(name):
+    """The best of each grid by its size, where otherwise the best of the whole image stay."""
+    model = FAMILIES[name].model
+    vtc.wrap(model, VtcCls(tiles="even"), 0.4)
+    with torch.no_grad():
+        model(**prompt(model, ("v", "v") if FAMILIES[name].video else (2, 3), seed=1))
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    images = torch.cat(trace.scores()).split(trace.sizes)
+    for scores, maps in zip(images, trace.maps(), strict=True):
+        kept = sum(int(grid.sum()) for grid in maps)
+        for grid, own in zip(maps, scores.split([grid.numel() for grid in maps]), strict=True):
+            assert int(grid.sum()) == pytest.approx(kept * grid.numel() / len(scores), abs=1)
+            best = own.argsort(descending=True, stable=True)[: int(grid.sum())]
+            assert grid.flatten().nonzero()[:, 0].tolist() == best.sort().values.tolist()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_runs_on_every_family(name):
     """Or says early why it does not."""

@@ -7,13 +7,14 @@ than the widest one; `keep` (images,) int64, the number that stays of each image
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from vtc.observe import Seen
+from vtc.observe import Part, Seen
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,29 @@ def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
     """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at."""
     picked = torch.zeros_like(seen.valid)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
-        sizes = [height * width for height, width in parts]
-        ends = list(accumulate(sizes, initial=0))
-        shares = [count * end // ends[-1] for end in ends]
-        for (height, width), offset, (start, end) in zip(parts, ends, pairwise(shares), strict=False):
-            cells = evenly_spaced(height, width, end - start)
-            picked[image, [offset + cell for cell in cells]] = True
+        for (height, width), (start, _, share) in zip(parts, shares(parts, count), strict=True):
+            picked[image, [start + cell for cell in evenly_spaced(height, width, share)]] = True
     return Selection(picked)
+
+
+def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+    """The highest scores of each grid of an image: tiles and frames share the image's `keep` by their sizes.
+
+    At the encoder site only, where all tokens are there yet.
+    """
+    picked = torch.zeros_like(seen.valid)
+    for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
+        for start, end, share in shares(parts, count):
+            best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
+            picked[image, start + best] = True
+    return Selection(picked)
+
+
+def shares(parts: Sequence[Part], count: int) -> list[tuple[int, int, int]]:
+    """Where each grid starts and ends among an image's tokens, and how many of `count` are its own, by its size."""
+    ends = list(accumulate((height * width for height, width in parts), initial=0))
+    filled = [count * end // ends[-1] for end in ends]
+    return [(*span, after - before) for span, (before, after) in zip(pairwise(ends), pairwise(filled), strict=True)]
 
 
 def evenly_spaced(height: int, width: int, count: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtc import scores
+from vtc import scores, select
 from vtc.observe import ClsRow, ReceivedAttention, Seen
 from vtc.stage import Method, Shape, Stage
 
@@ -28,6 +28,8 @@ class VtcCls(Method):
     """How the blocks' scores are combined. The released code sums, which ranks as the mean does."""
     positions: Literal["original", "contiguous"] = "original"
     """The released code renumbers the survivors without gaps: "contiguous"."""
+    tiles: Literal["compete", "even"] = "compete"
+    """How an image's tiles, or a video's frames, share its budget: by their scores, or each by its size."""
 
     name: ClassVar[str] = "vtc-cls"
     paper: ClassVar[str] = "VTC-CLS, arXiv 2412.05819"
@@ -44,4 +46,5 @@ class VtcCls(Method):
         def score(seen: Seen) -> Tensor:
             return scores.ensemble([scores.head_mean(seen[need]) for need in needs], self.ensemble)
 
-        return (Stage(0, score, needs, contiguous=self.positions == "contiguous"),)
+        chosen = select.top_k if self.tiles == "compete" else select.top_k_each
+        return (Stage(0, score, needs, chosen, contiguous=self.positions == "contiguous"),)
