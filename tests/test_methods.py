@@ -1,6 +1,7 @@
 """Each method's keep list against a slow reference written from the formula: full attention, loops."""
 
 import math
+import random
 from dataclasses import replace
 from functools import partial
 
@@ -429,6 +430,24 @@ def test_published_budgets():
 def test_a_schedule_never_rises():
     odd = TransPrune(keep_ratios=(0.3, 0.9, 0.2))
     assert odd.keep(100, None, Shape(32, 23)) == (30, 30, 20)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_schedule_meets_its_budget_or_says_that_it_cannot(seed):
+    """However uneven its ratios: to the rounding of each stage, and to the one token that has to stay."""
+    rng = random.Random(seed)
+    shape, layers, tokens = Shape(32, 23), sorted(rng.sample(range(1, 32), 2)), rng.choice((144, 576, 2880))
+    retain = rng.choice((1.0, 0.99, 1e-3)), rng.choice((1.0, 0.99, rng.random())), rng.choice((0.999, 0.3, 0.01))
+    method = VFlowOpt(retain=retain, layers=tuple(layers))
+    first = next(layer for layer, ratio in zip((0, *layers), retain, strict=True) if ratio < 1)
+    for budget in (0.9, 0.5, 0.25, 0.11, 0.03):
+        if budget * tokens < first / 32 * tokens:
+            with pytest.raises(vtc.BudgetError, match=f"first drop is before layer {first}"):
+                method.keep(tokens, budget, shape)
+            continue
+        kept = method.keep(tokens, budget, shape)
+        assert vtc.stage.average_tokens(tokens, kept, (0, *layers), 32) == pytest.approx(budget * tokens, abs=1.5)
+        assert list(kept) == sorted(kept, reverse=True)
 
 
 def test_tuned_methods_survive_json(tmp_path):

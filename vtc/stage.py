@@ -118,15 +118,15 @@ class Method:
         """The paper's native knobs: the share of the image's tokens kept after each stage. None: a budget is needed."""
         return None
 
-    def schedule(self, knob: float, stages: int) -> tuple[float, ...]:
-        """The share of the image's tokens kept after each stage for a knob in [0, 1]; rises with the knob.
+    def schedule(self, strength: float, stages: int) -> tuple[float, ...]:
+        """The share of the image's tokens kept after each stage: `ratios` to the power of `strength` >= 0.
 
-        Powers of the knob, such that the last of `ratios` as the knob gives back all of them; else the same for all.
+        0 keeps all, 1 is the paper's own schedule, infinity the method's floor. Without knobs all stages keep the same.
         """
         ratios = self.ratios()
-        if ratios is None or not 0 < ratios[-1] < 1:
-            return (knob,) * stages
-        return tuple(knob ** (math.log(ratio) / math.log(ratios[-1])) for ratio in ratios)
+        if ratios is None or not 0 < min(ratios) < 1:
+            ratios = (1 / math.e,) * stages
+        return tuple(accumulate((ratio**strength for ratio in ratios), min))  # what has left does not come back
 
     def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
         """How many of an image's `tokens` stay after each stage.
@@ -148,7 +148,7 @@ def check_budget(budget: Budget | None) -> None:
         raise ValueError(f"a fractional budget lies in (0, 1], got {budget}; for a number of tokens pass an int")
 
 
-def average_tokens(tokens: int, kept: tuple[int, ...], layers: tuple[int, ...], depth: int) -> float:
+def average_tokens(tokens: int, kept: tuple[float, ...], layers: tuple[int, ...], depth: int) -> float:
     """Visual tokens of one image averaged over `depth` decoder layers, when `kept[s]` are left from `layers[s]` on."""
     counts, starts = (tokens, *kept), (0, *layers, depth)
     return sum(n * (end - start) for n, (start, end) in zip(counts, pairwise(starts), strict=True)) / depth
@@ -160,34 +160,36 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     depth = shape.decoder_layers
 
     def counts(ratios: tuple[float, ...]) -> tuple[int, ...]:
-        whole = (min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
-        return tuple(accumulate(whole, min))  # what has left does not come back
+        return tuple(min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
+
+    def average(kept: tuple[float, ...]) -> float:
+        return average_tokens(tokens, kept, layers, depth)
 
     if budget is None:
         ratios = method.ratios()
         if ratios is None:
             raise ValueError(f"{method.name} has no default number of tokens: pass budget=, for example budget=0.25")
-        return counts(ratios)
+        return counts(tuple(accumulate(ratios, min)))
     target = budget * tokens if isinstance(budget, float) else budget
     if target >= tokens or not tokens:
         return (tokens,) * len(layers)
     if target == 0 and set(layers) == {0}:
         return (0,) * len(layers)
-    floor = average_tokens(tokens, counts(method.schedule(0.0, len(layers))), layers, depth)
+    least = counts(method.schedule(math.inf, len(layers)))
+    floor = average(least)
     if target < floor - 0.5:
+        first = next(layer for layer, kept in zip(layers, least, strict=True) if kept < tokens)
         raise BudgetError(
             f"{method.name} cannot reach {target:g} of {tokens} visual tokens averaged over {depth} decoder layers: "
-            f"its first drop is before layer {layers[0]}, so its range is {floor:.1f} to {tokens} tokens "
+            f"its first drop is before layer {first}, so its range is {floor:.1f} to {tokens} tokens "
             f"({floor / tokens:.3f} to 1.0 of the image)",
             floor=floor / tokens,
         )
-    low, high = 0.0, 1.0
-    for _ in range(40):  # the average rises with the knob: bisect
-        middle = (low + high) / 2
-        if (
-            average_tokens(tokens, tuple(r * tokens for r in method.schedule(middle, len(layers))), layers, depth)
-            < target
-        ):
+    low, high = 0.0, math.inf
+    for _ in range(100):  # the average falls with the strength: double it until it is too much, then bisect
+        middle = 2 * low + 1 if high == math.inf else (low + high) / 2
+        shares = method.schedule(middle, len(layers))
+        if average(tuple(share * tokens for share in shares)) > target:
             low = middle
         else:
             high = middle
