@@ -97,7 +97,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
     grid = Table(title=f"percent of {rows[0]['n']} questions, with half the width of the 95 % interval")
     for name in ("method", "budget", "tokens", "accuracy", "as full", "above random"):
-        grid.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        first = name == "method"
+        grid.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         grid.add_row(
             row["method"],
