@@ -21,59 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedConfig, Qwen2Config
-from transformers.models.auto import AutoModelForImageTextToText
 
 import vtc
 from vtc import cost
-
-CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-
-
-def _llava(text: PreTrainedConfig) -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_L_336),
-        text_config=text,
-        image_token_id=text.vocab_size - 1,
-        image_seq_length=576,
-    )
-
-
-def _vicuna(width: int, inner: int, layers: int, heads: int) -> LlavaConfig:
-    return _llava(
-        LlamaConfig(
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            vocab_size=32064,
-        )
-    )
-
-
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llava-1.5-7b": lambda: _vicuna(4096, 11008, 32, 32),
-    "llava-1.5-13b": lambda: _vicuna(5120, 13824, 40, 40),
-    "llava-qwen2-0.5b": lambda: _llava(
-        Qwen2Config(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-        )
-    ),
-}
-"""True shapes, for random weights. `llava-qwen2-0.5b` is LLaVA-1.5's tower before the 0.5B decoder of OneVision."""
+from vtc.eval import shapes
 
 PARTS = {
     "vision": "vision tower",
@@ -96,22 +47,8 @@ class Case:
     prompt_tokens: int = 60
     new_tokens: int = 8
     rounds: int = 3
-
-
-def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A model with random weights: of a named shape, or of the shape of a folder's config.json.
-
-    Raises ValueError that lists the shapes.
-    """
-    if name in SHAPES:
-        config = SHAPES[name]()
-    elif (Path(name) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(name)
-    else:
-        raise ValueError(f"unknown shape {name!r}; known are {', '.join(SHAPES)}, and folders with a config.json")
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    pixels: int | None = None
+    """The side of the image, for families that choose their resolution by it."""
 
 
 @torch.inference_mode()
@@ -123,7 +60,7 @@ def bench(
     One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "own", "binds"}. "full", "pruned" and
     "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. In a round all take turns.
     """
-    inputs = _inputs(model, case)
+    inputs = shapes.prompt(model, case.batch, case.prompt_tokens, case.pixels)
     counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
     text = case.prompt_tokens
     rounds = [
@@ -176,17 +113,6 @@ def _limit(full: dict[str, float], short: list[dict[str, float]]) -> dict[str, f
     """The vision tower of the full model before a decoder whose every layer reads its own natively short prompt."""
     mean = {part: statistics.mean(layer[part] for layer in short) for part in ("prefill", "decode", "kv_bytes")}
     return {"vision": full["vision"], **mean, "first": full["vision"] + mean["prefill"]}
-
-
-def _inputs(model: torch.nn.Module, case: Case) -> dict[str, Tensor]:
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    text = torch.randint(2, config.image_token_id, (case.batch, case.prompt_tokens), generator=generator)
-    image = torch.full((case.batch, config.image_seq_length), config.image_token_id)
-    size = config.vision_config.image_size
-    return {
-        "input_ids": torch.cat((text[:, :8], image, text[:, 8:]), dim=1).to(model.device),
-        "pixel_values": torch.randn(case.batch, 3, size, size, generator=generator).to(model.device, model.dtype),
-    }
 
 
 def _run(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import llava
-from transformers import LlamaConfig
+from models import FAMILIES, llava
+from transformers import AutoModelForImageTextToText, LlamaConfig
 
 import vtc
 from vtc import cost
-from vtc.eval import bench
+from vtc.eval import bench, shapes
 from vtc.methods.fastv import FastV
 
 VICUNA = LlamaConfig()  # 7B: 4096 wide, 11008 inner, 32 layers, 32 heads
@@ -54,7 +54,7 @@ def test_bench_measures_what_it_says():
     config = model.config.text_config
     for arm, row in zip(arms, bench.bench(model, arms, case), strict=True):
         with vtc.compressed(model, *arm) as trace:
-            model(**bench._inputs(model, case))
+            model(**shapes.prompt(model, 2, 12))
         visual = trace.tokens_per_layer[0].tolist()
         for kind, counts in (("full", [36] * 6), ("pruned", visual), ("limit", visual)):
             assert row[kind]["kv_bytes"] == pytest.approx(2 * cost.kv_bytes(counts, 12, config, element=4))
@@ -81,10 +81,38 @@ def test_bench_says_what_binds(vision, prefill, words):
     assert words in bench.what_binds(llava(), row, [2] * 6)
 
 
-def test_bench_shapes_are_true_and_an_unknown_one_is_named():
-    seven = bench.SHAPES["llava-1.5-7b"]()
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("llava_next", 36 + 144 + 12), ("llava_onevision", 36 + 64 + 8), ("qwen2_5_vl", 36)]
+)
+def test_bench_of_tiles_and_of_native_resolutions(family, tokens):
+    """An overview and 2 x 2 tiles with a newline a row; in OneVision shrunk to the area of 2 tiles, here to 8 x 8."""
+    case = bench.Case(batch=2, prompt_tokens=12, new_tokens=1, rounds=1, pixels=96 if "llava" in family else 48)
+    (row,) = bench.bench(FAMILIES[family].model, [("vtc-cls", 0.25)], case)
+    assert row["tokens"] == {"full": tokens, "average": tokens // 4, "last": tokens // 4, "text": 12}
+    assert row["pruned"]["kv_bytes"] == row["limit"]["kv_bytes"] < row["full"]["kv_bytes"]
+
+
+def test_bench_names_the_families_that_it_knows():
+    with pytest.raises(ValueError, match=r"paligemma.*Qwen-VL"):
+        shapes.prompt(FAMILIES["paligemma"].model, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llava-1.5-7b", 7.06e9),
+        ("llava-next-7b", 7.06e9),
+        ("onevision-0.5b", 0.894e9),
+        ("onevision-7b", 8.03e9),
+        ("qwen2.5-vl-3b", 3.75e9),
+    ],
+)
+def test_shapes_have_the_parameters_of_their_models(name, parameters):
     with torch.device("meta"):
-        count = sum(p.numel() for p in bench.AutoModelForImageTextToText.from_config(seven).parameters())
-    assert count == pytest.approx(7.06e9, rel=0.01)
+        model = AutoModelForImageTextToText.from_config(shapes.SHAPES[name]())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def test_an_unknown_shape_is_named():
     with pytest.raises(ValueError, match=r"llava-1\.5-7b"):
-        bench.load("llava-9", torch.float32, "cpu")
+        shapes.load("llava-9", torch.float32, "cpu")

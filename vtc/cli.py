@@ -174,7 +174,12 @@ def _faithfulness(
 def bench(
     model: Annotated[
         str,
-        typer.Option("--model", "--shape", help="llava-1.5-7b, llava-1.5-13b, llava-qwen2-0.5b, or a model folder."),
+        typer.Option(
+            "--model",
+            "--shape",
+            help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, onevision-0.5b, onevision-7b, qwen2.5-vl-3b, "
+            "llava-qwen2-0.5b, or a model folder.",
+        ),
     ] = "llava-qwen2-0.5b",
     methods: Annotated[str, typer.Option("--methods", "--method", help="`vtc methods` lists them.")] = "vtc-cls",
     budgets: Annotated[
@@ -182,6 +187,9 @@ def bench(
     ] = "64",
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once, one image each.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=9, help="Text of each prompt.")] = 60,
+    pixels: Annotated[
+        int | None, typer.Option(min=28, help="Side of the image where the family reads tiles or any resolution.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds after one that warms up; medians count.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -204,13 +212,14 @@ def bench(
     import torch
 
     from vtc.eval import bench as benchmark
+    from vtc.eval import shapes
     from vtc.eval.reader import pick_device
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
     where = pick_device(device)
-    case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds)
-    rows = benchmark.bench(benchmark.load(model, getattr(torch, dtype), where), arms, case)
+    case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels)
+    rows = benchmark.bench(shapes.load(model, getattr(torch, dtype), where), arms, case)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     title = f"{model}, batch {batch}, {dtype}, {name}"
     for row in rows:
