@@ -114,7 +114,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def prompt(model: torch.nn.Module, batch: int, text: int, pixels: int | None = None) -> dict[str, Tensor]:
-    """What a processor makes of `batch` prompts of `text` random tokens with a square random image after the first 8.
+    """What a processor makes of `batch` prompts of `text` tokens, with a square random image after the first 8.
 
     `pixels` is the side of the image for families that read it in tiles or in its own resolution. None: 2 x 2 tiles and
     the overview, or 672. Raises ValueError for a family whose prompts are not known here.
@@ -125,8 +125,8 @@ def prompt(model: torch.nn.Module, batch: int, text: int, pixels: int | None = N
     seen = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in seen.items()}
     one = {name: x[: len(images[0][name])] for name, x in seen.items()}
     tokens = sum(map(len, model.base_model.get_image_features(**one).pooler_output))
-    words = torch.randint(2, 90, (batch, text), generator=generator)  # below the placeholders of every vocabulary
-    ids = torch.cat((words[:, :8], torch.full((batch, tokens), token), words[:, 8:]), dim=1).to(model.device)
+    ids = torch.full((batch, text + tokens), 2, device=model.device)
+    ids[:, 8 : 8 + tokens] = token
     kinds = {"mm_token_type_ids": (ids == token).long()} if "image_grid_thw" in seen else {}
     return {"input_ids": ids, **kinds, **seen}
 
