@@ -237,7 +237,8 @@ def test_a_compiled_decoder_answers_the_same(llava, setting):
 @pytest.mark.parametrize("setting", SITES)
 def test_int8_weights(model, setting):
     """torchao's int8 weights: the masking oracle holds on the quantised model itself."""
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     quantised = copy.deepcopy(model)
     quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
     inputs = prompt(model)
