@@ -26,7 +26,7 @@ class Idefics3(Adapter):
     def decoder(self) -> nn.Module:
         return self.backbone.text_model
 
-    def tower_blocks(self) -> Sequence[nn.Module]:
+    def encoder_blocks(self) -> Sequence[nn.Module]:
         return self.backbone.vision_model.encoder.layers
 
     def tower_states(self, block: nn.Module, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:

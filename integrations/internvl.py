@@ -23,9 +23,8 @@ class InternVL(Adapter):
     pixel_mean, pixel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     joins_tiles = True
 
-    def tower_blocks(self) -> Sequence[nn.Module]:
-        blocks = self.backbone.vision_tower.encoder.layer
-        return blocks[: self.model.config.vision_feature_layer % (len(blocks) + 1)]
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        return self.backbone.vision_tower.encoder.layer
 
     def tower_attention(self, block: nn.Module) -> Attention:
         attention = block.attention  # its norms run over all heads at once, so their outputs are the queries and keys

@@ -8,6 +8,7 @@ from vtc.adapter import Adapter, register
 @register
 class Llava(Adapter):
     model_types = ("llava",)
+    merges_patches = True
 
     def tokens_per_image(self) -> int:
         vision = self.model.config.vision_config

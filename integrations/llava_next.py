@@ -23,6 +23,7 @@ from vtc.observe import Part
 @register
 class LlavaNext(Adapter):
     model_types = ("llava_next", "llava_next_video")
+    merges_patches = True
 
     def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         if "pixel_values_videos" in call:

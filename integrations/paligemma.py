@@ -17,6 +17,7 @@ from vtc.adapter import Adapter, register
 @register
 class PaliGemma(Adapter):
     model_types = ("paligemma",)
+    merges_patches = True
     pixel_mean = pixel_std = (0.5, 0.5, 0.5)
     window_cuts_blocks = False
 

@@ -25,10 +25,13 @@ class QwenVL(Adapter):
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     has_pixels = False
 
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        return self.backbone.visual.blocks
+
     def tower_blocks(self) -> Sequence[nn.Module]:
-        tower = self.backbone.visual
-        full = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
-        return [block for number, block in enumerate(tower.blocks) if number in full]
+        blocks = self.encoder_blocks()
+        full = getattr(self.backbone.visual, "fullatt_block_indexes", range(len(blocks)))
+        return [block for number, block in enumerate(blocks) if number in full]
 
     def has_cls(self) -> bool:
         return False

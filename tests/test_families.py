@@ -279,7 +279,8 @@ def test_tiles_and_frames_may_share_a_budget_evenly(name):
 def test_every_method_runs_on_every_family(name):
     """Or says early why it does not."""
     model, ran = FAMILIES[name].model, []
-    for method in sorted(set(vtc.methods()) - {"atp"}):
+    refused = {"atp"} if vtc.adapter.find(model).merges_patches else {"atp", "tome"}
+    for method in sorted(set(vtc.methods()) - refused):
         vtc.wrap(model, method, 0.7)
         with torch.no_grad():
             model(**prompt(model, (2, 1)))
@@ -324,3 +325,31 @@ def test_features_from_before_are_told_apart():
     with pytest.raises(RuntimeError, match=r"encoded before vtc\.wrap"):
         model(**inputs, mm_encoder_outputs=features)
     vtc.unwrap(model)
+
+
+@pytest.mark.parametrize("family", ["llava", "vipllava", "llava_next", "llava_onevision"])
+def test_blocks_that_nobody_reads_are_not_run(family):
+    model, inputs = FAMILIES[family].model, prompt(FAMILIES[family].model)
+    tower = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    backbone, blocks = model.base_model, model.base_model.vision_tower.encoder.layers
+    calls = []
+    handle = blocks[-1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    whole, every = (backbone.get_image_features(**tower, output_hidden_states=each) for each in (None, True))
+    unread = int(family != "llava_onevision")  # its projector reads the last block
+    with vtc.compressed(model, "random", 0.5):
+        calls.clear()
+        features = backbone.get_image_features(**tower)
+        assert len(calls) == 1 - unread
+        assert ("last_hidden_state" in features) == (not unread)
+        assert all(map(torch.equal, features.pooler_output, whole.pooler_output))
+        model.generate(**inputs, max_new_tokens=2)
+        assert len(calls) == 2 * (1 - unread)
+        # whoever asks for more, or for the tower itself, gets what it is
+        asked = backbone.get_image_features(**tower, output_hidden_states=True)
+        assert all(map(torch.equal, asked.hidden_states, every.hidden_states))
+        assert torch.equal(asked.last_hidden_state, whole.last_hidden_state)
+        pixels = tower["pixel_values"].flatten(0, -4)
+        direct = backbone.vision_tower(pixels[: len(whole.last_hidden_state)]).last_hidden_state
+        torch.testing.assert_close(direct, whole.last_hidden_state)
+    handle.remove()
+    assert all("forward" not in vars(block) for block in blocks)

@@ -33,6 +33,8 @@ class Adapter:
     """Whether `pixels` can tell the pixels of each patch."""
     joins_tiles: ClassVar[bool] = False
     """Whether features come tile by tile, and tiles whose placeholders touch are one image."""
+    merges_patches: ClassVar[bool] = False
+    """Whether patches may be merged between the tower's blocks: they take (hidden, mask), and tokens are patches."""
     window_cuts_blocks: ClassVar[bool] = True
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
 
@@ -120,13 +122,26 @@ class Adapter:
 
     # -- the vision tower -----------------------------------------------------------------------------------------
 
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """All blocks of the vision tower."""
+        return self.backbone.vision_tower.encoder.layers
+
     def tower_blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks that can be scored by, the last being the one whose output the projector reads."""
-        blocks = self.backbone.vision_tower.encoder.layers
-        read = getattr(self.model.config, "vision_feature_layer", -1)
+        return self.encoder_blocks()[: self._last_read()]
+
+    def unread_blocks(self, call: dict[str, Any]) -> Sequence[nn.Module]:
+        """The tower's blocks whose outputs no one asks for in this call of `get_image_features`; they are not run."""
+        asked = call.get("vision_feature_layer") not in (None, getattr(self.model.config, "vision_feature_layer", None))
+        if asked or call.get("output_hidden_states") or call.get("output_attentions"):
+            return ()
+        return self.encoder_blocks()[self._last_read() :]
+
+    def _last_read(self) -> int:
+        """How many of the tower's blocks it takes to make what the projector reads."""
+        blocks, read = len(self.encoder_blocks()), getattr(self.model.config, "vision_feature_layer", -1)
         # hidden_states[i] is the output of block i - 1; several layers may be read and concatenated
-        last = max(layer % (len(blocks) + 1) for layer in ([read] if isinstance(read, int) else read))
-        return blocks[:last]
+        return max(layer % (blocks + 1) for layer in ([read] if isinstance(read, int) else read))
 
     def has_cls(self) -> bool:
         """Whether token 0 of the tower's sequence is a CLS token that the projector does not read."""

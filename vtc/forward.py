@@ -236,14 +236,13 @@ class Forward:
         self.started = Clock.now(self.device)
         self.cache = kwargs.get("past_key_values")
         attention_mask = self._two_dimensional(kwargs)
-        self.lengths = [self.length] * self.batch
         if attention_mask is not None:
             self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
-            *self.lengths, filled = torch.cat((self.mask.sum(1), self.mask[:, -1:].all(0))).tolist()
-            self.padded_right = not filled
         self.state = self._past(attention_mask)
         self.shift = self.state.shift
         self._plan()
+        if self.images:
+            self._measure()
         if self.busy:
             self._check(kwargs)
             if self.tokens is not None:
@@ -253,6 +252,13 @@ class Forward:
             kwargs = self._encoder_site(embeds, kwargs)
         self._begin_span(0)
         return kwargs
+
+    def _measure(self) -> None:
+        """Tell the host how long the rows are: at prefill only, so that decoding never waits for the device."""
+        self.lengths = [self.length] * self.batch
+        if self.mask is not None:
+            *self.lengths, filled = torch.cat((self.mask.sum(1), self.mask[:, -1:].all(0))).tolist()
+            self.padded_right = not filled
 
     def _two_dimensional(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The (batch, cached + current) mask. A family that makes its own masks out of it got it one call earlier."""

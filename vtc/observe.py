@@ -102,9 +102,26 @@ class Need:
         """
         raise NotImplementedError
 
+    def hooks(self, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hook the modules, so that `recording` gets their outputs."""
+
+        def keep(name: str):
+            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+                if (record := recording.get()) is not None:
+                    record.setdefault(self, {})[name] = output
+
+            return hook
+
+        return [module.register_forward_hook(keep(name)) for name, module in self.modules(adapter).items()]
+
     def row(self, record: dict[str, Tensor], context: Tower | Forward) -> Tensor:
         """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder."""
         raise NotImplementedError
+
+
+Record = dict[Need, dict[str, Any]]
+recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
+"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
 
 
 @dataclass(frozen=True)
@@ -295,24 +312,6 @@ class TokenTransition(Need):
             ratio, cosine = forward.columns(torch.stack((ratio, cosine), dim=1)).unbind(1)
             change = change + scores.token_transition(ratio, cosine, valid)
         return change[:, None]
-
-
-Record = dict[Need, dict[str, Any]]
-recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
-"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
-
-
-def watch(need: Need, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hook the modules of `need`, so that `recording` gets their outputs."""
-
-    def keep(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            if (record := recording.get()) is not None:
-                record.setdefault(need, {})[name] = output
-
-        return hook
-
-    return [module.register_forward_hook(keep(name)) for name, module in need.modules(adapter).items()]
 
 
 @dataclass

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from vtc import adapter as adapters
 from vtc.forward import Encoded, Encoding, Forward, current
 from vtc.methods import methods
-from vtc.observe import Tower, recording, watch
+from vtc.observe import Tower, recording
 from vtc.stage import Budget, Method, check_budget
 from vtc.trace import Clock, Trace
 
 Model = TypeVar("Model", bound=nn.Module)
 asked: ContextVar[int] = ContextVar("vtc_asked", default=0)
 """How many positions at the end the running call wants logits of: all but the first of them come after the prompt."""
+skipping: ContextVar[bool] = ContextVar("vtc_skipping", default=False)
+"""Whether the running call of the tower leaves out the blocks that nobody reads."""
 
 
 def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Model:
     """Make `model` read fewer visual tokens, in place.
+
+    Blocks of the vision tower after the last one that the projector reads are not run (LLaVA leaves out CLIP's last),
+    so `get_image_features` has no `last_hidden_state` there, unless it is asked for hidden states.
 
     Args:
         model: a Hugging Face vision-language model of a family that `vtc` has an adapter for.
@@ -93,6 +98,7 @@ class Compression:
         self.stages = self.method.stages(self.shape)
         self.windows = any(self.adapter.window(layer) is not None for layer in self.adapter.layers)
         self._handles: list[Any] = []
+        self._unread: list[tuple[nn.Module, Any]] = []
         self._last = threading.local()
         self._latest = Trace()
         self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
@@ -132,12 +138,19 @@ class Compression:
             ),
         ]
         for need in self.needs:
-            self._handles += watch(need, self.adapter)
+            self._handles += need.hooks(self.adapter)
+        for block in self.adapter.unread_blocks({}):
+            self._unread.append((block, block.__dict__.get("forward")))
+            block.forward = _skippable(block.forward)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for block, own in self._unread:
+            del block.forward
+            if own is not None:
+                block.forward = own
+        self._handles, self._unread = [], []
         for modality in self.adapter.placeholders():
             delattr(self.adapter.backbone, f"get_{modality}_features")
 
@@ -149,15 +162,20 @@ class Compression:
         def get_features(*args, **kwargs):
             if recording.get() is not None:  # one modality's encoder is made of the other's
                 return original(*args, **kwargs)
+            call = signature.bind(*args, **kwargs).arguments
+            call = {**call, **call.pop("kwargs", {})}
+            skips = len(self.adapter.unread_blocks(call)) > 0
             record, start = {}, Clock.now(self.adapter.model.device)
-            token = recording.set(record)
+            tokens = recording.set(record), skipping.set(skips)
             try:
                 outputs = original(*args, **kwargs)
             finally:
-                recording.reset(token)
+                recording.reset(tokens[0])
+                skipping.reset(tokens[1])
+            if skips:  # what would stand there is not the tower's last state
+                outputs = type(outputs)(**{name: x for name, x in outputs.items() if name != "last_hidden_state"})
             seen = Clock.now(self.adapter.model.device)
-            call = signature.bind(*args, **kwargs).arguments
-            images = self._encoded(record, {**call, **call.pop("kwargs", {})}, outputs.pooler_output)
+            images = self._encoded(record, call, outputs.pooler_output)
             spans = [("vision", start, seen), ("score", seen, Clock.now(self.adapter.model.device))]
             outputs["vtc"] = Encoding(images, len(outputs.pooler_output), spans)  # an entry outlives moves to a device
             if (forward := current.get()) is not None:
@@ -221,6 +239,16 @@ class Compression:
             return None
         hidden, kwargs = forward.enter_layer(number, args[0], kwargs)
         return (hidden, *args[1:]), kwargs
+
+
+def _skippable(forward):
+    """The forward of a tower block that hands its input on while `skipping`."""
+
+    @functools.wraps(forward)
+    def run(hidden: Tensor, *args, **kwargs):
+        return hidden if skipping.get() else forward(hidden, *args, **kwargs)
+
+    return run
 
 
 class LiveTrace:
