@@ -8,6 +8,7 @@ from models import FAMILIES
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
@@ -22,6 +23,7 @@ METHODS = {  # from easy to hard settings
     "random-half": (Random(), 0.5),
     "random-one": (Random(seed=1), 1),
     "uniform": (Uniform(), 0.25),
+    "tome": (ToMe(), 0.4),
     "vtc-cls": (VtcCls(), 0.4),
     "vtc-cls-ensemble": (VtcCls(layers=3), 5),
     "fastv-native": (FastV(), None),
@@ -35,7 +37,7 @@ METHODS = {  # from easy to hard settings
     "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
 }
 
-MERGING = {"vflowopt"}
+MERGING = {"vflowopt", "tome"}
 """Those that do more than drop: for them masking is no oracle."""
 
 BATCHES = {  # images of each row, padding side
