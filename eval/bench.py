@@ -118,10 +118,10 @@ def _limit(full: dict[str, float], short: list[dict[str, float]]) -> dict[str, f
 def _run(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
     """One prompt to its last token: the parts that `PARTS` names."""
     vision = []
-    _reset_peak(model.device)
+    reset_peak(model.device)
     with _timed_vision(model, vision):
-        first, out = _timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model)
-    peak, cache = _peak(model.device), out.past_key_values
+        first, out = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model)
+    peak, cache = peak_bytes(model.device), out.past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     def decode() -> None:
@@ -129,7 +129,7 @@ def _run(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> 
         for _ in range(new_tokens):
             token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
 
-    seconds = _timed(decode, model)[0] / new_tokens
+    seconds = timed(decode, model)[0] / new_tokens
     parts = {"vision": sum(vision), "prefill": first - sum(vision), "first": first, "decode": seconds}
     return parts | {"kv_bytes": held} | ({} if peak is None else {"peak_bytes": peak})
 
@@ -142,7 +142,7 @@ def _timed_vision(model: torch.nn.Module, seconds: list[float]) -> Iterator[None
     original = backbone.get_image_features
 
     def get_image_features(*args, **kwargs):
-        passed, features = _timed(lambda: original(*args, **kwargs), model)
+        passed, features = timed(lambda: original(*args, **kwargs), model)
         seconds.append(passed)
         return features
 
@@ -155,7 +155,7 @@ def _timed_vision(model: torch.nn.Module, seconds: list[float]) -> Iterator[None
             backbone.get_image_features = own
 
 
-def _timed(work: Callable[[], Any], model: torch.nn.Module) -> tuple[float, Any]:
+def timed(work: Callable[[], Any], model: torch.nn.Module) -> tuple[float, Any]:
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -164,15 +164,15 @@ def _timed(work: Callable[[], Any], model: torch.nn.Module) -> tuple[float, Any]
     return time.perf_counter() - start, result
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif RESET_PEAK.exists():
         RESET_PEAK.write_text("5")
 
 
-def _peak(device: torch.device) -> int | None:
-    """The most bytes held since `_reset_peak`: allocated on a GPU, resident on a CPU; None where nobody counts."""
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes held since `reset_peak`: allocated on a GPU, resident on a CPU; None where nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not RESET_PEAK.exists():

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig
 
 import vtc
 from vtc import cost
-from vtc.eval import bench, shapes
+from vtc.eval import bench, peers, shapes
 from vtc.methods.fastv import FastV
 
 VICUNA = LlamaConfig()  # 7B: 4096 wide, 11008 inner, 32 layers, 32 heads
@@ -116,3 +116,28 @@ def test_shapes_have_the_parameters_of_their_models(name, parameters):
 def test_an_unknown_shape_is_named():
     with pytest.raises(ValueError, match=r"llava-1\.5-7b"):
         shapes.load("llava-9", torch.float32, "cpu")
+
+
+def test_the_peers_keep_the_same_tokens():
+    model = llava()
+    rows = peers.compare(model, [0.4, 0.5], bench.Case(batch=2, prompt_tokens=12, rounds=1))
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        (m, b) for m in ("vtc-cls", "fastv") for b in (0.4, 0.5)
+    ]
+    assert all(row["agreement"] == 1 for row in rows)
+    assert all(row[way]["seconds"] > 0 for row in rows for way in ("vtc", "peers"))
+    assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
+    assert not model.config.text_config.output_attentions
+
+
+def test_the_peers_way_is_materialised():
+    """Scores that are made to disagree are found out, and the matrices are there at all."""
+    model = llava()
+    inputs = shapes.prompt(model, 1, 12)
+    for method, part in peers.ATTENTION.items():
+        with peers._eager(model, part), vtc.compressed(model, method, 0.5), peers._scored(model, inputs) as scores:
+            model(**inputs)
+        assert [row.shape for row in scores.values()] == [(1, 36)] * len(scores)
+        assert len(scores) > 0
+    with pytest.raises(ValueError, match="single crops"):
+        peers.compare(FAMILIES["llava_next"].model, [0.5], bench.Case())

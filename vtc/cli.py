@@ -194,7 +194,10 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds after one that warms up; medians count.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Instead, compare FastV and VTC-CLS with output_attentions, their way.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png, or peers.json.")] = None,
 ) -> None:
     """Measure seconds and bytes with and without compression, what would be possible, and what is in the way.
 
@@ -206,12 +209,14 @@ def bench(
       vtc bench --methods vtc-cls,fastv --budgets 0.5,0.25
 
       vtc bench --model llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --budgets 192,128,64 --out out/bench
+
+      vtc bench --peers --budgets 0.25
     """
-    arms = [(method, budget) for method in _split(methods) for budget in parse_budgets(budgets)]
     _quiet()
     import torch
 
     from vtc.eval import bench as benchmark
+    from vtc.eval import peers as compared
     from vtc.eval import shapes
     from vtc.eval.reader import pick_device
 
@@ -219,17 +224,24 @@ def bench(
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
     where = pick_device(device)
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels)
-    rows = benchmark.bench(shapes.load(model, getattr(torch, dtype), where), arms, case)
+    loaded = shapes.load(model, getattr(torch, dtype), where)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     title = f"{model}, batch {batch}, {dtype}, {name}"
-    for row in rows:
-        tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
-        Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
+    if peers:
+        rows = compared.compare(loaded, parse_budgets(budgets), case)
+        Console().print(compared.table(rows, title))
+    else:
+        arms = [(method, budget) for method in _split(methods) for budget in parse_budgets(budgets)]
+        rows = benchmark.bench(loaded, arms, case)
+        for row in rows:
+            tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
+            Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
     if out:
         out.mkdir(parents=True, exist_ok=True)
         described = {"model": model, "dtype": dtype, "device": name, "case": asdict(case), "rows": rows}
-        (out / "bench.json").write_text(json.dumps(described, indent=2) + "\n")
-        benchmark.picture(rows, out / "bench.png", title)
+        (out / ("peers.json" if peers else "bench.json")).write_text(json.dumps(described, indent=2) + "\n")
+        if not peers:
+            benchmark.picture(rows, out / "bench.png", title)
 
 
 @app.command()
