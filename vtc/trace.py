@@ -122,6 +122,12 @@ class Clock:
     def __init__(self):
         self.spans: list[tuple[str, object, object]] = []
 
+    def __deepcopy__(self, memo: dict) -> Clock:
+        """For a copied cache: what has passed is common to both, and events of a GPU cannot be copied."""
+        clock = Clock()
+        clock.spans = list(self.spans)
+        return clock
+
     @staticmethod
     def now(device: torch.device) -> object:
         if device.type != "cuda":

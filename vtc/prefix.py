@@ -1,0 +1,51 @@
+"""One image, many questions: what they have in common is encoded, pruned and prefilled once.
+
+>>> shared = vtc.prefix(model, **processor(images=image, text="USER: <image>\\n", return_tensors="pt"))
+>>> for question in questions:
+...     ids = processor.tokenizer(prompt_with(question), return_tensors="pt")  # <image> as often as it has tokens
+...     model.generate(**ids, past_key_values=copy.deepcopy(shared))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from vtc.adapter import Adapter
+
+
+@torch.no_grad()
+def prefix(model: nn.Module, **inputs: Any) -> Cache:
+    """The pruned cache of a beginning that prompts share, to be deep-copied for each of them.
+
+    Args:
+        model: a wrapped model whose method drops before the decoder, and so by the image alone.
+        inputs: the beginning as the model takes it, with its images. A prompt that goes on from it has the same ids.
+
+    Returns:
+        The cache. `generate` takes a copy of it as `past_key_values`, the ids of the whole prompt, and no image.
+        Qwen-VL models keep the positions of the latest image on the module: one prefix at a time.
+
+    Raises:
+        ValueError: the model is not wrapped, or its tokens do not depend on the image alone: the method has stages
+            inside the decoder, or the text of a prompt is read by its image (PaliGemma).
+    """
+    if (compression := model.__dict__.get("vtc")) is None:
+        raise ValueError("wrap the model first: vtc.wrap(model, 'vtc-cls', budget=0.25)")
+    if late := [stage.layer for stage in compression.stages if stage.layer]:
+        raise ValueError(
+            f"{compression.method.name} drops before decoder layers {late}, where the question matters: prompts can "
+            "share what a method does before the decoder only, such as vtc-cls, tome or uniform"
+        )
+    if _image_reads_text(compression.adapter, inputs):
+        raise ValueError("the image of this model reads the question: prompts have no beginning that is the same")
+    return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _image_reads_text(adapter: Adapter, inputs: dict[str, Tensor]) -> bool:
+    blocks, ids = adapter.blocks(inputs), inputs["input_ids"]
+    text = torch.stack([ids != token for token in adapter.placeholders().values()]).all(0)
+    return blocks is not None and bool((blocks[text] >= 0).any())
