@@ -616,7 +616,7 @@ class Forward:
         key = adapter.rotate(attention.keys(key), *self.rotary[layer])
         if past.length:
             key = torch.cat((self._cached_keys(layer), key), dim=2)
-        bias = 0.0 if self.bias is None else torch.nn.functional.pad(self.bias, (past.length, 0))[:, None, None]
+        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (past.length, 0))[:, None, None]
         rows = attention_rows(query, key, attention.scale, self._sees(layer, positions), bias, attention.softcap)
         return rows[..., past.length :]
 

@@ -162,9 +162,10 @@ class ReceivedAttention(Need):
         weights = torch.ones_like(query[:, 0, :, 0], dtype=torch.float32) if payers is None else payers.float()
         if states.valid is not None:
             weights, visible = weights * states.valid[:, first:], states.valid[:, None]
+        key = states.key.float().contiguous()
         blocks = zip(query.split(QUERY_BLOCK, dim=2), weights.split(QUERY_BLOCK, dim=1), strict=True)
         total = sum(
-            torch.einsum("ihqn,iq->in", attention_rows(part, states.key, states.scale, visible), weight)
+            (weight[:, None, None] @ attention_rows(part, key, states.scale, visible)).sum((1, 2))
             for part, weight in blocks
         )
         return total[:, first:] / (query.shape[1] * weights.sum(1, keepdim=True))
@@ -351,7 +352,7 @@ def attention_rows(
     key: Tensor,
     scale: float,
     visible: Tensor | None = None,
-    bias: Tensor | float = 0.0,
+    bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) of a few queries, in float32.
@@ -368,11 +369,13 @@ def attention_rows(
         (batch, heads, queries, length) float32.
     """
     queries = query.shape[2]
-    query = rearrange(query.float(), "b (g r) q d -> b g (r q) d", g=key.shape[1])
-    logits = query @ key.float().transpose(-1, -2) * scale
+    query = rearrange(query.float() * scale, "b (g r) q d -> b g (r q) d", g=key.shape[1])
+    logits = query @ key.float().transpose(-1, -2)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries) + bias
+    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries)
+    if bias is not None:
+        logits = logits + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], -torch.inf)
     return logits.softmax(-1)
