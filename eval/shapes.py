@@ -96,10 +96,10 @@ SHAPES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 """`llava-qwen2-0.5b` is LLaVA-1.5's tower before the 0.5B decoder of OneVision; the others are public models."""
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def load(name: str, dtype: torch.dtype, device: str, attention: str | None = None) -> torch.nn.Module:
     """A model with random weights: of a named shape, or of the shape of a folder's config.json.
 
-    Raises ValueError that lists the shapes.
+    `attention` is what transformers calls attn_implementation. Raises ValueError that lists the shapes.
     """
     if name in SHAPES:
         config = SHAPES[name]()
@@ -109,7 +109,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
         raise ValueError(f"unknown shape {name!r}; known are {', '.join(SHAPES)}, and folders with a config.json")
     torch.manual_seed(0)
     with torch.device(device):
-        return hf.AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        return hf.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 @torch.no_grad()

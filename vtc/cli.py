@@ -194,6 +194,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds after one that warms up; medians count.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = "sdpa",
     peers: Annotated[
         bool, typer.Option("--peers", help="Instead, compare FastV and VTC-CLS with output_attentions, their way.")
     ] = False,
@@ -224,9 +225,9 @@ def bench(
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
     where = pick_device(device)
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels)
-    loaded = shapes.load(model, getattr(torch, dtype), where)
+    loaded = shapes.load(model, getattr(torch, dtype), where, attention)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{model}, batch {batch}, {dtype}, {name}"
+    title = f"{model}, batch {batch}, {dtype}, {attention}, {name}"
     if peers:
         rows = compared.compare(loaded, parse_budgets(budgets), case)
         Console().print(compared.table(rows, title))
@@ -238,7 +239,14 @@ def bench(
             Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        described = {"model": model, "dtype": dtype, "device": name, "case": asdict(case), "rows": rows}
+        described = {
+            "model": model,
+            "dtype": dtype,
+            "attention": attention,
+            "device": name,
+            "case": asdict(case),
+            "rows": rows,
+        }
         (out / ("peers.json" if peers else "bench.json")).write_text(json.dumps(described, indent=2) + "\n")
         if not peers:
             benchmark.picture(rows, out / "bench.png", title)

@@ -1,0 +1,27 @@
+"""The throughput benchmark does the work that it names."""
+
+import torch
+from models import llava
+
+import vtc
+from vtc.eval import shapes, throughput
+
+
+def test_rows_keep_what_they_are_said_to_keep():
+    model = llava()
+    with torch.no_grad(), vtc.compressed(model, throughput.Uneven(), 0.25) as trace:
+        model(**shapes.prompt(model, 4, 12))
+    assert trace.average_tokens.tolist() == [4, 9, 13, 18]  # of 36; on average a bit more than 9, and 18 * row / 4
+
+
+def test_shared_questions_are_the_separate_ones(monkeypatch):
+    model, texts = llava(), []
+    model.generation_config.eos_token_id = None
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: texts.append(generate(**inputs)))
+    work = throughput.questions(model, 0.25, 3, 2)
+    seconds = throughput.measure(model, work, rounds=1)
+    assert list(seconds) == ["full, each alone", "pruned, each alone", "pruned, one shared image"]
+    assert all(value > 0 for value in seconds.values())
+    _, *pruned = [texts[start : start + 3] for start in (0, 3, 6)]
+    assert all(torch.equal(a, b) for a, b in zip(*pruned, strict=True))
