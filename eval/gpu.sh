@@ -29,4 +29,4 @@ for batch in 1 8; do
     "$vtc" bench --peers --model llava-1.5-7b --budgets 64 --batch $batch --device cuda --dtype bfloat16 \
         --out "$out/peers-$batch"
 done
-"$python" -m vtc.eval.throughput --model llava-1.5-7b --device cuda --dtype bfloat16
+"$python" -m vtc.eval.throughput --model llava-1.5-7b --device cuda --dtype bfloat16 --out "$out/throughput.json"

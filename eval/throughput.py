@@ -7,9 +7,11 @@ Two cases. One image asked many questions: each as a prompt of its own, or all o
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
@@ -105,9 +107,10 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: str = "float32",
     device: str = "cpu",
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the seconds.")] = None,
 ) -> None:
     """Print questions a second."""
-    loaded = shapes.load(model, getattr(torch, dtype), device)
+    loaded, found = shapes.load(model, getattr(torch, dtype), device), {}
     for title, work in (
         (f"{count} questions about one image, {new_tokens} tokens each", questions(loaded, budget, count, new_tokens)),
         (f"{count} images that keep different counts, first token", uneven(loaded, budget, count)),
@@ -115,11 +118,15 @@ def main(
         grid = Table(title=f"{title}\n{model}, {dtype}, {device}, budget {budget:g}")
         for column in ("", "seconds", "a second", "times the first"):
             grid.add_column(column, justify="right" if column else "left")
-        seconds = measure(loaded, work, rounds)
+        found[title] = seconds = measure(loaded, work, rounds)
         first = next(iter(seconds.values()))
         for name, passed in seconds.items():
             grid.add_row(name, f"{passed:.2f}", f"{count / passed:.2f}", f"{first / passed:.2f}x")
         Console().print(grid)
+    if out:
+        settings = {"model": model, "budget": budget, "dtype": dtype, "device": device, "rounds": rounds}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**settings, "seconds": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
