@@ -7,6 +7,8 @@ prefill of its own length.
 
 from __future__ import annotations
 
+import functools
+import random
 import re
 import statistics
 import time
@@ -64,8 +66,8 @@ def bench(
     counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
     text = case.prompt_tokens
     rounds = [
-        _round(model, arms, inputs, {n + text for arm in counts for n in arm}, case)
-        for _ in track(range(case.rounds + 1), description="measuring", console=Console(stderr=True))
+        _round(model, arms, inputs, {n + text for arm in counts for n in arm}, case, seed)
+        for seed in track(range(case.rounds + 1), description="measuring", console=Console(stderr=True))
     ][1:]  # the first warms up
     full = _median([runs["full"] for runs in rounds])
     short = {n: _median([runs[n] for runs in rounds]) for n in rounds[0] if isinstance(n, int)}
@@ -92,17 +94,23 @@ def _tokens_per_layer(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tens
     return trace.tokens_per_layer[0].tolist()
 
 
-def _round(model: torch.nn.Module, arms: Sequence[tuple], inputs: dict, lengths: set[int], case: Case) -> dict:
-    runs = {"full": _run(model, inputs, case.new_tokens)}
-    for number, arm in enumerate(arms):
+def _round(
+    model: torch.nn.Module, arms: Sequence[tuple], inputs: dict, lengths: set[int], case: Case, seed: int
+) -> dict:
+    """Each once, in an order of this round's own: what ran just before tells in caches and in the allocator."""
+
+    def pruned(arm: tuple) -> dict[str, float]:
         with vtc.compressed(model, *arm) as trace:
-            runs["pruned", number] = _run(model, inputs, case.new_tokens) | {
-                part: trace.seconds.get(part, 0.0) for part in OWN
-            }
-    for length in sorted(lengths):
+            return _run(model, inputs, case.new_tokens) | {part: trace.seconds.get(part, 0.0) for part in OWN}
+
+    def short(length: int) -> dict[str, float]:
         ids = torch.full((case.batch, length), 2, device=model.device)
-        runs[length] = _run(model, {"input_ids": ids}, case.new_tokens)
-    return runs
+        return _run(model, {"input_ids": ids}, case.new_tokens)
+
+    works = {"full": lambda: _run(model, inputs, case.new_tokens)}
+    works |= {("pruned", number): functools.partial(pruned, arm) for number, arm in enumerate(arms)}
+    works |= {length: functools.partial(short, length) for length in sorted(lengths)}
+    return {name: works[name]() for name in random.Random(seed).sample([*works], len(works))}
 
 
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:

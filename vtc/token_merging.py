@@ -51,8 +51,8 @@ class MergedPatches(Need):
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.merges_patches:
             raise ValueError(
-                "this method merges patches inside the vision tower, which vtc can do for CLIP and SigLIP towers whose "
-                "patches are the visual tokens (LLaVA, LLaVA-NeXT, LLaVA-OneVision, PaliGemma)"
+                "this method merges patches inside the vision tower, and vtc can do that in towers like CLIP's and "
+                "SigLIP's only, where each patch becomes a visual token; this family's tower or projector is another"
             )
         kernel = adapter.backbone.vision_tower.config._attn_implementation
         if kernel not in ("sdpa", "eager"):
