@@ -387,6 +387,33 @@ def train_atp(
 
 
 @app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is served.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="127.0.0.1 serves this machine alone; 0.0.0.0 everyone who can reach it.")
+    ] = "127.0.0.1",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Look at it: a page with both answers, the patches that stayed and those that left, and what was measured.
+
+    Examples:
+
+      vtc demo
+
+      vtc demo --model llava-hf/llava-1.5-7b-hf --port 8000
+    """
+    _need("gradio", "sklearn", extra="demo")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    _quiet()
+    from vtc.demo.app import launch
+    from vtc.eval.reader import load, model_path, pick_device
+
+    launch(load(model_path(model), pick_device(device), max_new_tokens), model, host, port)
+
+
+@app.command()
 def methods() -> None:
     """List the methods with one line and the paper each."""
     _quiet()

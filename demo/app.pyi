@@ -1,0 +1,264 @@
+"""The page and its events: `vtc demo`, and the app file of a Hugging Face Space."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import randrange
+from typing import Any
+
+import gradio as gr
+import torch
+
+import vtc
+from vtc import adapter
+from vtc.demo import panels, settings
+from vtc.demo.asking import Asked, HandPicked, Pair, compare
+from vtc.demo.view import view
+from vtc.eval import scenes
+from vtc.eval.images import MAX_BYTES, open_image
+from vtc.eval.reader import Reader
+from vtc.stage import average_tokens
+
+try:
+    from spaces import GPU as on_gpu  # Hugging Face lends a GPU for the length of such a call
+except ImportError:
+    def on_gpu(function: Callable) -> Callable:
+        return function
+
+HERE = Path(__file__).parent
+QUESTION = 300
+"""Characters of a question."""
+SIDE = 2048
+"""Pixels of the longer side; larger images are scaled down, so that the images of waiting visitors stay bounded."""
+WAITING = 32
+"""Visitors in the queue; the next one is told that it is full."""
+EXAMPLES = (0, 3, 5, 7, 10, 17)
+"""Questions of the test split."""
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+
+from gradio.events import Dependency
+
+class ImageFile(gr.Image):
+    """An upload as the file that it is, so that `open_image` can bound it before a pixel is decoded."""
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload.path if payload else None
+
+    def get_block_name(self) -> str:
+        return "image"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class Inspector:
+    """The page over one model, which all visitors share."""
+
+    def __init__(self, reader: Reader, name: str):
+        self.reader, self.name = reader, name
+        self.adapter = adapter.find(reader.model)
+        device = reader.device
+        on_gpu = device.type == "cuda"
+        self.device = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+
+    def page(self) -> gr.Blocks:
+        """The page, without a server."""
+        with gr.Blocks(title="vtc inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+            gr.HTML(f"<h1>What does the model still see?</h1><p class='hint'>{self._subtitle()}</p>", elem_id="title")
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=4, min_width=320):
+                    self._inputs()
+                with gr.Column(scale=7, min_width=340):
+                    self._outputs()
+            self._events()
+        return demo
+
+    def _subtitle(self) -> str:
+        return f"{panels.escape(self.name)}, full and with fewer visual tokens, asked on {panels.escape(self.device)}."
+
+    def _inputs(self) -> None:
+        self.image = ImageFile(
+            sources=["upload", "clipboard"], type="filepath", format="png", label="Image", height=260, elem_id="image"
+        )
+        self.scene = gr.Button("New scene", size="sm", elem_id="scene")
+        self.question = gr.Textbox(
+            label="Question", placeholder="what color is the circle?", max_length=QUESTION, elem_id="question"
+        )
+        self.method = gr.Dropdown(list(vtc.methods()), value="vtc-cls", label="Method", elem_id="method")
+        self.budget = gr.Slider(1, 100, 25, step=1, label="Budget in percent", elem_id="budget")
+        self.reach = gr.HTML(self.budget_note("vtc-cls", 25), elem_id="reach")
+        with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
+            self.groups, self.fields = {}, {}
+            for name, method in vtc.methods().items():
+                with gr.Group(visible=name == "vtc-cls") as self.groups[name]:
+                    self.fields[name] = settings.components(method)
+                    if not self.fields[name]:
+                        gr.HTML("<p class='hint'>This method has none.</p>")
+        self.submit = gr.Button("Ask", variant="primary", elem_id="ask")
+        shown = [scenes.example("test", 0, index) for index in EXAMPLES]
+        gr.Examples([[scene.image, scene.question] for scene in shown], [self.image, self.question], label="Examples")
+
+    def _outputs(self) -> None:
+        self.asked = gr.State(time_to_live=3600)
+        self.notice = gr.HTML(elem_id="notice")
+        self.answers = gr.HTML(panels.answers(Pair(), self.device), elem_id="answers")
+        script, template = ((HERE / name).read_text() for name in ("viewer.js", "viewer.html"))
+        self.viewer = gr.HTML(
+            None, html_template=template, js_on_load=script, apply_default_css=False, elem_id="viewer"
+        )
+        self.curve = gr.HTML(self._curve("vtc-cls", None), elem_id="curve")
+
+    def _events(self) -> None:
+        boxes = [box for fields in self.fields.values() for box in fields.values()]
+        asking = [self.image, self.question, self.method, self.budget, *boxes]
+        shown = [self.notice, self.answers, self.viewer, self.curve, self.asked]
+        turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on([self.submit.click, self.question.submit], on_gpu(self.ask), asking, shown, api_name="ask", **turn)
+        self.viewer.submit(on_gpu(self.ask_again), [self.asked], shown, api_visibility="private", **turn)
+        self.scene.click(self.new_scene, None, [self.image, self.question], **quick)
+        self.image.upload(self.check_image, self.image, [self.image, self.notice], **quick)
+        gr.on(
+            [self.budget.change, self.method.change], self.budget_note, [self.method, self.budget], self.reach, **quick
+        )
+        self.method.change(
+            lambda chosen: [gr.Group(visible=name == chosen) for name in self.groups],
+            self.method,
+            list(self.groups.values()),
+            **quick,
+        )
+
+    # -- what visitors do -----------------------------------------------------------------------------------------
+
+    def ask(self, image: str | None, question: str, method: str, budget: float, *values: Any) -> Iterator[tuple]:
+        """Stream both answers, then the patches and the curve; or say what is missing or wrong."""
+        try:
+            asked = self._checked(image, question, method, budget, values)
+        except ValueError as error:
+            yield self._told(str(error))
+            return
+        yield from self._stream(asked)
+
+    def ask_again(self, asked: Asked | None, event: gr.EventData) -> Iterator[tuple]:
+        """The same question with the tokens alone that the visitor picked."""
+        picked = event._data.get("keep") if isinstance(event._data, dict) else None
+        if asked is None or not isinstance(picked, list) or not all(type(token) is int for token in picked):
+            yield self._told("Ask a question first, then pick patches.")
+            return
+        tokens = tuple(sorted(set(picked)))
+        yield from self._stream(Asked(asked.image, asked.question, HandPicked(tokens), len(tokens)))
+
+    def new_scene(self) -> tuple[Any, str]:
+        """An image and a question of the benchmark's test split."""
+        scene = scenes.example("test", 0, randrange(2000))
+        return scene.image, scene.question
+
+    def check_image(self, image: str | None) -> tuple[Any, str]:
+        """Take an upload that cannot be read away again, and say why."""
+        try:
+            self._opened(image)
+        except ValueError as error:
+            return None, panels.notice(str(error))
+        return gr.skip(), ""
+
+    def budget_note(self, method: str, percent: float) -> str:
+        """What the slider means in tokens, or how far the method can go."""
+        tokens = self.adapter.tokens_per_image()
+        if tokens is None:
+            return "<p class='hint'>of the image's visual tokens, averaged over the decoder layers</p>"
+        budget = self._fraction(percent)
+        try:
+            shape = self.adapter.shape()
+            bound = vtc.methods()[method]().bind(self.reader.model, budget, tokens)
+            kept = bound.keep(tokens, budget, shape)
+            spent = average_tokens(
+                tokens, kept, tuple(stage.layer for stage in bound.stages(shape)), shape.decoder_layers
+            )
+        except vtc.BudgetError as error:
+            return f"<p class='hint warn'>{method} reaches down to {error.floor:.0%}.</p>"
+        except ValueError as error:
+            return f"<p class='hint warn'>{panels.escape(str(error))}</p>"
+        count = f"{budget * tokens:.0f}" if bound.adaptive else f"{spent:.3g}"
+        return f"<p class='hint'>{count} of {tokens} visual tokens, averaged over the decoder layers</p>"
+
+    # -- how it is done -------------------------------------------------------------------------------------------
+
+    def _checked(self, image: str | None, question: str, method: str, percent: float, values: tuple) -> Asked:
+        """The question as `Asked`. Raises ValueError that says what is missing or wrong."""
+        if not image:
+            raise ValueError("Choose an image first: upload or paste one, take an example, or press New scene.")
+        if not (question := (question or "").strip()):
+            raise ValueError("Write a question about the image.")
+        if len(question) > QUESTION:
+            raise ValueError(f"The question has {len(question)} characters; the limit is {QUESTION}.")
+        names = [(owner, field) for owner, fields in self.fields.items() for field in fields]
+        given = {field: value for (owner, field), value in zip(names, values, strict=True) if owner == method}
+        chosen = settings.configured(vtc.methods()[method], given)
+        return Asked(self._opened(image), question, chosen, self._fraction(percent))
+
+    def _fraction(self, percent: float) -> float:
+        return min(max(percent, 1), 100) / 100
+
+    def _opened(self, path: str | None) -> Any:
+        """The upload as an image; errors name the file as the visitor knows it, not where it lies."""
+        if not path:
+            return None
+        try:
+            image = open_image(Path(path))
+        except ValueError as error:
+            raise ValueError(str(error).replace(path, Path(path).name)) from None
+        image.thumbnail((SIDE, SIDE))
+        return image
+
+    def _stream(self, asked: Asked) -> Iterator[tuple]:
+        keep = gr.skip()
+        try:
+            for pair in compare(self.reader, asked):
+                yield "", panels.answers(pair, self.device), keep, keep, keep
+        except (ValueError, TypeError) as error:
+            yield self._told(str(error))
+            return
+        except Exception:
+            logging.getLogger(__name__).exception("a visitor's question failed")
+            yield self._told("The model could not answer this with these settings; the log of the server says why.")
+            return
+        drawn = view(asked.image, pair.trace, self.reader.processor.image_processor)
+        spent = pair.compressed.tokens
+        yield keep, keep, drawn, self._curve(asked.method.name, spent), asked
+
+    def _told(self, message: str) -> tuple:
+        keep = gr.skip()
+        return panels.notice(message), keep, keep, keep, keep
+
+    def _curve(self, method: str, tokens: float | None) -> str:
+        own = self.name == "reference"
+        path = Path(vtc.eval.__file__).parent / "results/scenes/summary.json" if own else Path("out/demo/summary.json")
+        command = f"vtc eval --model {self.name} --methods vtc-cls,fastv,random,uniform --out {path.parent}"
+        return panels.curve(path, command, method, tokens)
+
+def launch(reader: Reader, name: str, host: str | None = None, port: int | None = None) -> None:
+    """Serve the page until it is stopped: on 127.0.0.1 unless `host` or GRADIO_SERVER_NAME says otherwise.
+
+    Raises OSError where the port is taken.
+    """
+    page = Inspector(reader, name).page().queue(max_size=WAITING, default_concurrency_limit=4)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        max_file_size=MAX_BYTES,
+        state_session_capacity=100,
+        footer_links=[],
+        ssr_mode=False,
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=("monospace",)),
+        css=(HERE / "page.css").read_text(),
+    )
+
+if __name__ == "__main__":
+    from vtc.eval.reader import load, model_path, pick_device
+
+    launch(load(model_path("reference"), pick_device("auto"), max_new_tokens=64), "reference")
