@@ -10,12 +10,13 @@ from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 
 import vtc
 from vtc import adapter
 from vtc.demo import panels, settings
 from vtc.demo.asking import Asked, HandPicked, Pair, compare
-from vtc.demo.view import view
+from vtc.demo.view import data_url, view
 from vtc.eval import scenes
 from vtc.eval.images import MAX_BYTES, open_image
 from vtc.eval.reader import Reader
@@ -38,17 +39,11 @@ WAITING = 32
 """Visitors in the queue; the next one is told that it is full."""
 EXAMPLES = (0, 3, 5, 7, 10, 17)
 """Questions of the test split."""
+CHOOSE = """element.addEventListener("click", (event) => {
+    const chosen = event.target.closest("button");
+    if (chosen) trigger("select", { number: Number(chosen.dataset.number) });
+});"""
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
-
-
-class ImageFile(gr.Image):
-    """An upload as the file that it is, so that `open_image` can bound it before a pixel is decoded."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload else None
-
-    def get_block_name(self) -> str:
-        return "image"
 
 
 class Inspector:
@@ -57,9 +52,11 @@ class Inspector:
     def __init__(self, reader: Reader, name: str):
         self.reader, self.name = reader, name
         self.adapter = adapter.find(reader.model)
+        self.examples = [scenes.example("test", 0, index) for index in EXAMPLES]
         device = reader.device
-        on_gpu = device.type == "cuda"
-        self.device = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
     def page(self) -> gr.Blocks:
         """The page, without a server."""
@@ -77,16 +74,21 @@ class Inspector:
         return f"{panels.escape(self.name)}, full and with fewer visual tokens, asked on {panels.escape(self.device)}."
 
     def _inputs(self) -> None:
-        self.image = ImageFile(
-            sources=["upload", "clipboard"], type="filepath", format="png", label="Image", height=260, elem_id="image"
+        self.image = gr.Image(
+            sources=["upload", "clipboard"], format="png", label="Image", height=240, buttons=[], elem_id="image"
+        )
+        self.gallery = gr.HTML(
+            panels.thumbnails([(data_url(scene.image), scene.question) for scene in self.examples]),
+            js_on_load=CHOOSE,
+            elem_id="examples",
         )
         self.scene = gr.Button("New scene", size="sm", elem_id="scene")
         self.question = gr.Textbox(
             label="Question", placeholder="what color is the circle?", max_length=QUESTION, elem_id="question"
         )
         self.method = gr.Dropdown(list(vtc.methods()), value="vtc-cls", label="Method", elem_id="method")
-        self.budget = gr.Slider(1, 100, 25, step=1, label="Budget in percent", elem_id="budget")
-        self.reach = gr.HTML(self.budget_note("vtc-cls", 25), elem_id="reach")
+        note = self.budget_note("vtc-cls", 25)
+        self.budget = gr.Slider(1, 100, 25, step=1, label="Budget in percent", info=note, buttons=[], elem_id="budget")
         with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
             self.groups, self.fields = {}, {}
             for name, method in vtc.methods().items():
@@ -95,8 +97,6 @@ class Inspector:
                     if not self.fields[name]:
                         gr.HTML("<p class='hint'>This method has none.</p>")
         self.submit = gr.Button("Ask", variant="primary", elem_id="ask")
-        shown = [scenes.example("test", 0, index) for index in EXAMPLES]
-        gr.Examples([[scene.image, scene.question] for scene in shown], [self.image, self.question], label="Examples")
 
     def _outputs(self) -> None:
         self.asked = gr.State(time_to_live=3600)
@@ -114,12 +114,20 @@ class Inspector:
         shown = [self.notice, self.answers, self.viewer, self.curve, self.asked]
         turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.on([self.submit.click, self.question.submit], on_gpu(self.ask), asking, shown, api_name="ask", **turn)
+        # unprocessed: gradio would decode an image of any size, and a file that is none would be its own error
+        asks = [self.submit.click, self.question.submit]
+        gr.on(asks, on_gpu(self.ask), asking, shown, preprocess=False, api_name="ask", **turn)
+        self.image.upload(self.check_image, self.image, [self.image, self.notice], preprocess=False, **quick)
         self.viewer.submit(on_gpu(self.ask_again), [self.asked], shown, api_visibility="private", **turn)
         self.scene.click(self.new_scene, None, [self.image, self.question], **quick)
-        self.image.upload(self.check_image, self.image, [self.image, self.notice], **quick)
+        self.gallery.select(self.example, None, [self.image, self.question], **quick)
+        knobs = [self.method, self.budget]
         gr.on(
-            [self.budget.change, self.method.change], self.budget_note, [self.method, self.budget], self.reach, **quick
+            [self.budget.change, self.method.change],
+            lambda *chosen: gr.Slider(info=self.budget_note(*chosen)),
+            knobs,
+            self.budget,
+            **quick,
         )
         self.method.change(
             lambda chosen: [gr.Group(visible=name == chosen) for name in self.groups],
@@ -130,33 +138,41 @@ class Inspector:
 
     # -- what visitors do -----------------------------------------------------------------------------------------
 
-    def ask(self, image: str | None, question: str, method: str, budget: float, *values: Any) -> Iterator[tuple]:
+    def ask(
+        self, image: dict[str, Any] | None, question: str, method: str, budget: float, *values: Any
+    ) -> Iterator[tuple]:
         """Stream both answers, then the patches and the curve; or say what is missing or wrong."""
         try:
             asked = self._checked(image, question, method, budget, values)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             yield self._told(str(error))
             return
         yield from self._stream(asked)
 
     def ask_again(self, asked: Asked | None, event: gr.EventData) -> Iterator[tuple]:
         """The same question with the tokens alone that the visitor picked."""
-        picked = event._data.get("keep") if isinstance(event._data, dict) else None
-        if asked is None or not isinstance(picked, list) or not all(type(token) is int for token in picked):
+        picked = getattr(event, "keep", [])
+        if asked is None or not all(type(token) is int and token >= 0 for token in picked):
             yield self._told("Ask a question first, then pick patches.")
             return
         tokens = tuple(sorted(set(picked)))
         yield from self._stream(Asked(asked.image, asked.question, HandPicked(tokens), len(tokens)))
 
-    def new_scene(self) -> tuple[Any, str]:
+    def new_scene(self) -> tuple[Image.Image, str]:
         """An image and a question of the benchmark's test split."""
         scene = scenes.example("test", 0, randrange(2000))
         return scene.image, scene.question
 
-    def check_image(self, image: str | None) -> tuple[Any, str]:
+    def example(self, event: gr.EventData) -> tuple[Image.Image, str]:
+        """The example that was chosen."""
+        scene = self.examples[event.number]
+        return scene.image, scene.question
+
+    def check_image(self, image: dict[str, Any] | None) -> tuple[Any, str]:
         """Take an upload that cannot be read away again, and say why."""
         try:
-            self._opened(image)
+            if image:
+                self._opened(image)
         except ValueError as error:
             return None, panels.notice(str(error))
         return gr.skip(), ""
@@ -165,25 +181,24 @@ class Inspector:
         """What the slider means in tokens, or how far the method can go."""
         tokens = self.adapter.tokens_per_image()
         if tokens is None:
-            return "<p class='hint'>of the image's visual tokens, averaged over the decoder layers</p>"
-        budget = self._fraction(percent)
+            return "Of the image's visual tokens, averaged over the decoder layers."
+        budget, shape = self._fraction(percent), self.adapter.shape()
         try:
-            shape = self.adapter.shape()
             bound = vtc.methods()[method]().bind(self.reader.model, budget, tokens)
             kept = bound.keep(tokens, budget, shape)
-            spent = average_tokens(
-                tokens, kept, tuple(stage.layer for stage in bound.stages(shape)), shape.decoder_layers
-            )
         except vtc.BudgetError as error:
-            return f"<p class='hint warn'>{method} reaches down to {error.floor:.0%}.</p>"
+            return f"Too low: {method} reaches down to {error.floor:.0%}."
         except ValueError as error:
-            return f"<p class='hint warn'>{panels.escape(str(error))}</p>"
-        count = f"{budget * tokens:.0f}" if bound.adaptive else f"{spent:.3g}"
-        return f"<p class='hint'>{count} of {tokens} visual tokens, averaged over the decoder layers</p>"
+            return str(error)
+        layers = tuple(stage.layer for stage in bound.stages(shape))
+        spent = budget * tokens if bound.adaptive else average_tokens(tokens, kept, layers, shape.decoder_layers)
+        return f"{spent:.0f} of {tokens} visual tokens, averaged over the decoder layers."
 
     # -- how it is done -------------------------------------------------------------------------------------------
 
-    def _checked(self, image: str | None, question: str, method: str, percent: float, values: tuple) -> Asked:
+    def _checked(
+        self, image: dict[str, Any] | None, question: str, method: str, percent: float, values: tuple
+    ) -> Asked:
         """The question as `Asked`. Raises ValueError that says what is missing or wrong."""
         if not image:
             raise ValueError("Choose an image first: upload or paste one, take an example, or press New scene.")
@@ -191,6 +206,8 @@ class Inspector:
             raise ValueError("Write a question about the image.")
         if len(question) > QUESTION:
             raise ValueError(f"The question has {len(question)} characters; the limit is {QUESTION}.")
+        if method not in vtc.methods():
+            raise ValueError(f"There is no method {method!r}.")
         names = [(owner, field) for owner, fields in self.fields.items() for field in fields]
         given = {field: value for (owner, field), value in zip(names, values, strict=True) if owner == method}
         chosen = settings.configured(vtc.methods()[method], given)
@@ -199,14 +216,13 @@ class Inspector:
     def _fraction(self, percent: float) -> float:
         return min(max(percent, 1), 100) / 100
 
-    def _opened(self, path: str | None) -> Any:
+    def _opened(self, upload: dict[str, Any]) -> Image.Image:
         """The upload as an image; errors name the file as the visitor knows it, not where it lies."""
-        if not path:
-            return None
+        path = Path(upload["path"])
         try:
-            image = open_image(Path(path))
+            image = open_image(path)
         except ValueError as error:
-            raise ValueError(str(error).replace(path, Path(path).name)) from None
+            raise ValueError(str(error).replace(str(path), upload.get("orig_name") or path.name)) from None
         image.thumbnail((SIDE, SIDE))
         return image
 
@@ -243,7 +259,7 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
     Raises OSError where the port is taken.
     """
     page = Inspector(reader, name).page().queue(max_size=WAITING, default_concurrency_limit=4)
-    page.launch(
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -251,9 +267,13 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
         state_session_capacity=100,
         footer_links=[],
         ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=("monospace",)),
         css=(HERE / "page.css").read_text(),
     )
+    print(f"vtc inspector: {address} (Ctrl-C stops it)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

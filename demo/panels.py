@@ -22,6 +22,16 @@ def notice(text: str) -> str:
     return f'<p class="notice" role="alert">{escape(text)}</p>' if text else ""
 
 
+def thumbnails(examples: Sequence[tuple[str, str]]) -> str:
+    """A button for each (image URL, question)."""
+    buttons = "".join(
+        f'<button type="button" data-number="{number}" title="{escape(question)}">'
+        f'<img src="{image}" alt="Example: {escape(question)}"></button>'
+        for number, (image, question) in enumerate(examples)
+    )
+    return f'<div class="thumbnails">{buttons}</div>'
+
+
 def answers(pair: Pair, device: str) -> str:
     """Both answers side by side, words of the compressed one marked that the full one does not have."""
     full, small = pair.full, pair.compressed

@@ -45,8 +45,7 @@ def configured(method: type[Method], values: dict[str, Any]) -> Method:
         value = values.get(name)
         if value is None or value == "":
             continue
-        if get_origin(kind) is tuple:
-            value = _numbers(name, value, kind)
+        value = _read(name, value, kind)
         for key, number in _named(name, value):
             low, high = method.space.get(key, (number, number))
             if isinstance(number, int | float) and not low <= number <= high:
@@ -58,6 +57,17 @@ def configured(method: type[Method], values: dict[str, Any]) -> Method:
 def _named(name: str, value: Any) -> list[tuple[str, Any]]:
     """A value by the name that `Method.space` has for it; entries of a tuple are counted."""
     return [(f"{name}.{i}", entry) for i, entry in enumerate(value)] if isinstance(value, tuple) else [(name, value)]
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """What a visitor wrote, as the type of the field."""
+    if get_origin(kind) is tuple:
+        return _numbers(name, str(value), kind)
+    if kind in (int, float) and kind(value) == value:
+        return kind(value)
+    if kind is bool or value in get_args(kind):
+        return value
+    raise ValueError(f"{name} cannot be {value!r}")
 
 
 def _numbers(name: str, text: str, kind: Any) -> tuple[int | float, ...]:

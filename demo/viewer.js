@@ -53,6 +53,7 @@ function draw() {
         const box = { x: x + inset, y: y + inset, width: w - 2 * inset, height: h - 2 * inset };
         const rect = make("rect", { ...box, "data-index": token, role: "checkbox", tabindex: token ? -1 : 0 }, svg);
         rect.setAttribute("aria-label", describe(token));
+        rect.style.setProperty("--gap", `${2 * inset}px`);
         make("title", {}, rect).textContent = describe(token);
         return rect;
     });
