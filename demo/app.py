@@ -156,7 +156,7 @@ class Inspector:
             yield self._told("Ask a question first, then pick patches.")
             return
         tokens = tuple(sorted(set(picked)))
-        yield from self._stream(Asked(asked.image, asked.question, HandPicked(tokens), len(tokens)))
+        yield from self._stream(Asked(asked.image, asked.question, HandPicked(tokens), None))
 
     def new_scene(self) -> tuple[Image.Image, str]:
         """An image and a question of the benchmark's test split."""
@@ -214,7 +214,7 @@ class Inspector:
         return Asked(self._opened(image), question, chosen, self._fraction(percent))
 
     def _fraction(self, percent: float) -> float:
-        return min(max(percent, 1), 100) / 100
+        return min(max(float(percent), 1), 100) / 100
 
     def _opened(self, upload: dict[str, Any]) -> Image.Image:
         """The upload as an image; errors name the file as the visitor knows it, not where it lies."""
@@ -239,8 +239,8 @@ class Inspector:
             yield self._told("The model could not answer this with these settings; the log of the server says why.")
             return
         drawn = view(asked.image, pair.trace, self.reader.processor.image_processor)
-        spent = pair.compressed.tokens
-        yield keep, keep, drawn, self._curve(asked.method.name, spent), asked
+        curve = self._curve(asked.method.name, pair.compressed.tokens)
+        yield "", panels.answers(pair, self.device), drawn, curve, asked
 
     def _told(self, message: str) -> tuple:
         keep = gr.skip()

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -19,6 +20,7 @@ import vtc
 from vtc import adapter, cost
 from vtc.eval.reader import Reader
 from vtc.observe import Seen
+from vtc.select import Selection
 from vtc.stage import Budget, Method, Shape, Stage
 
 MODEL = Lock()
@@ -32,7 +34,7 @@ class Asked:
     image: Image.Image
     question: str
     method: Method
-    budget: Budget
+    budget: Budget | None
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class HandPicked(Method):
-    """Keep exactly these visual tokens, by their index in the image; the budget is their number."""
+    """Keep exactly these visual tokens of a prompt, counted over all its images; it needs no budget."""
 
     tokens: tuple[int, ...]
 
     name: ClassVar[str] = "hand-picked"
     paper: ClassVar[str] = "chosen in the demo"
+    adaptive: ClassVar[bool] = True
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return (Stage(0, self._scores),)
+        return (Stage(0, lambda seen: torch.zeros(seen.valid.shape), select=self._select),)
 
-    def _scores(self, seen: Seen) -> Tensor:
-        scores = torch.zeros_like(seen.valid, dtype=torch.float32)
-        scores[:, list(self.tokens)] = 1.0
-        return scores
+    def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
+        """Nobody knows before it is seen which of the tokens are this image's."""
+        return (0,)
+
+    def _select(self, scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+        sizes = [sum(height * width for height, width in parts) for parts in seen.parts]
+        picked = torch.zeros(sum(sizes), dtype=torch.bool)
+        picked[list(self.tokens)] = True
+        return Selection(pad_sequence(picked.split(sizes), batch_first=True).to(seen.valid.device))
 
 
 def compare(reader: Reader, asked: Asked) -> Iterator[Pair]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+from itertools import accumulate
 from typing import Any
 
+import torch
 from PIL import Image
 
 from vtc import Trace
@@ -25,29 +27,7 @@ def view(image: Image.Image, trace: Trace, image_processor: Any) -> dict[str, An
     "left" holds for each token the decoder layer before which it left, None where it stayed; "into" the token that
     took it in, or None; "stages" the layer, the scores and the ranks (1 is the highest) of the tokens that entered.
     """
-    (parts,) = trace.parts
-    total = sum(trace.sizes)
-    left: list[int | None] = [None] * total
-    into: list[int | None] = [None] * total
-    stages = []
-    for stage in trace.stages:
-        valid = stage.valid[0].cpu()
-        entered, kept = stage.entered[0].cpu()[valid].tolist(), stage.kept[0].cpu()[valid].tolist()
-        for token, stays in zip(entered, kept, strict=True):
-            if not stays:
-                left[token] = stage.layer
-        if stage.into is not None:
-            for token, entry in zip(entered, stage.into[0].cpu()[valid].tolist(), strict=True):
-                into[token] = entered[entry] if entry >= 0 and entered[entry] != token else None
-        scores: dict[int, float] = {}
-        if stage.scores is not None:
-            scores = dict(zip(entered, stage.scores[0].float().cpu()[valid].tolist(), strict=True))
-        order = {token: rank for rank, token in enumerate(sorted(scores, key=lambda token: -scores[token]), 1)}
-        stages.append({
-            "layer": stage.layer,
-            "scores": [scores.get(token) for token in range(total)],
-            "ranks": [order.get(token) for token in range(total)],
-        })  # fmt: skip
+    parts = [part for image_parts in trace.parts for part in image_parts]
     panels, rectangles = layout(parts, image.size, seen_box(image.size, image_processor))
     return {
         "image": data_url(image),
@@ -55,10 +35,39 @@ def view(image: Image.Image, trace: Trace, image_processor: Any) -> dict[str, An
         "panels": panels,
         "patches": [[round(x, 2) for x in box] for box in rectangles],
         "depth": trace.depth,
-        "left": left,
-        "into": into,
-        "stages": stages,
+        **fates(trace),
     }
+
+
+def fates(trace: Trace) -> dict[str, Any]:
+    """What became of each visual token of a prompt, counted over all its images; see `view`."""
+    total = sum(trace.sizes)
+    first = torch.tensor([0, *accumulate(trace.sizes)][:-1])[:, None]
+    left: list[int | None] = [None] * total
+    into: list[int | None] = [None] * total
+    stages = []
+    for stage in trace.stages:
+        valid, places = stage.valid.cpu(), stage.entered.cpu() + first
+        for token in places[valid & ~stage.kept.cpu()].tolist():
+            left[token] = stage.layer
+        if stage.into is not None:
+            target = stage.into.cpu()
+            taken = places.gather(1, target.clamp(min=0))
+            merged = valid & (target >= 0) & ~stage.kept.cpu()
+            for token, taker in zip(places[merged].tolist(), taken[merged].tolist(), strict=True):
+                into[token] = taker
+        scores: dict[int, float] = {}
+        if stage.scores is not None:
+            scores = dict(zip(places[valid].tolist(), stage.scores.cpu()[valid].tolist(), strict=True))
+        ranks = {token: rank for rank, token in enumerate(sorted(scores, key=scores.get, reverse=True), 1)}
+        stages.append(
+            {
+                "layer": stage.layer,
+                "scores": [scores.get(token) for token in range(total)],
+                "ranks": [ranks.get(token) for token in range(total)],
+            }
+        )
+    return {"left": left, "into": into, "stages": stages}
 
 
 def layout(parts: list[Part], size: tuple[int, int], seen: tuple[int, int, int, int]) -> tuple[list[Box], list[Box]]:
