@@ -71,7 +71,10 @@ class Inspector:
         return demo
 
     def _subtitle(self) -> str:
-        return f"{panels.escape(self.name)}, full and with fewer visual tokens, asked on {panels.escape(self.device)}."
+        return (
+            f"{panels.escape(self.name)} answers twice: with all visual tokens, and with those that a method keeps. "
+            f"It runs on {panels.escape(self.device)}."
+        )
 
     def _inputs(self) -> None:
         self.image = gr.Image(
@@ -263,6 +266,7 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
         server_name=host,
         server_port=port,
         share=False,
+        run_history=False,
         max_file_size=MAX_BYTES,
         state_session_capacity=100,
         footer_links=[],

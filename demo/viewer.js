@@ -61,8 +61,8 @@ function draw() {
 
 function paint() {
     const leaders = [...new Set(data.into.filter((target) => target !== null))].sort((a, b) => a - b);
-    const heated = find("[name=heat]").checked, scores = stageNow()?.ranks;
-    const entered = scores ? scores.filter((rank) => rank !== null).length : 0;
+    const heated = find("[name=heat]").checked, ranks = stageNow()?.ranks;
+    const entered = ranks ? ranks.filter((rank) => rank !== null).length : 0;
     rects.forEach((rect, token) => {
         const on = picked ? picked.has(token) : alive(token);
         const group = leaders.indexOf(data.into[token] ?? token);
@@ -72,9 +72,9 @@ function paint() {
         rect.classList.toggle("changed", picked !== null && on !== (data.left[token] === null));
         rect.setAttribute("aria-checked", on);
         rect.style.setProperty("--group", merged ? GROUPS[group % GROUPS.length] : "");
-        const known = heated && scores && scores[token] !== null;
+        const known = heated && ranks && ranks[token] !== null;
         rect.classList.toggle("heated", Boolean(known));
-        rect.style.fill = known ? heat(1 - (scores[token] - 1) / Math.max(1, entered - 1)) : "";
+        rect.style.setProperty("--heat", known ? heat(1 - (ranks[token] - 1) / Math.max(1, entered - 1)) : "");
     });
     const now = rects.filter((rect) => rect.classList.contains("kept")).length;
     find("[name=layer]").disabled = picked !== null;

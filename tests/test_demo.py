@@ -124,7 +124,7 @@ def test_the_sliders_replay_the_schedule(page, picture, reader):
     page.locator("#viewer [name=heat]").check()
     entered = len(trace.scores(-1)[0])
     assert page.locator("#viewer rect.heated").count() == entered
-    assert page.locator("#viewer rect.heated").first.evaluate("rect => rect.style.fill").startswith("rgb")
+    assert page.locator("#viewer rect.heated").first.evaluate("rect => getComputedStyle(rect).fill") != "rgb(0, 0, 0)"
 
 
 def test_a_patch_tells_its_score_and_where_it_left(page, picture, reader):
