@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 from random import randrange
 from typing import Any
@@ -43,7 +46,21 @@ CHOOSE = """element.addEventListener("click", (event) => {
     const chosen = event.target.closest("button");
     if (chosen) trigger("select", { number: Number(chosen.dataset.number) });
 });"""
+MESSAGE = {"duration": 20, "print_exception": False}
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors as messages on the page: what a visitor can change in its own words, the rest in the server's log."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise gr.Error(escape(str(error)), **MESSAGE) from None
+    except Exception:
+        logging.getLogger(__name__).exception("a visitor's question failed")
+        message = "The model could not answer this with these settings; the log of the server says why."
+        raise gr.Error(message, **MESSAGE) from None
 
 
 class Inspector:
@@ -72,8 +89,8 @@ class Inspector:
 
     def _subtitle(self) -> str:
         return (
-            f"{panels.escape(self.name)} answers twice: with all visual tokens, and with those that a method keeps. "
-            f"It runs on {panels.escape(self.device)}."
+            f"{escape(self.name)} answers twice: with all visual tokens, and with those that a method keeps. "
+            f"It runs on {escape(self.device)}."
         )
 
     def _inputs(self) -> None:
@@ -102,8 +119,7 @@ class Inspector:
         self.submit = gr.Button("Ask", variant="primary", elem_id="ask")
 
     def _outputs(self) -> None:
-        self.asked = gr.State(time_to_live=3600)
-        self.notice = gr.HTML(elem_id="notice")
+        self.shown = gr.State(time_to_live=3600)  # (Asked, Pair) of the visitor
         self.answers = gr.HTML(panels.answers(Pair(), self.device), elem_id="answers")
         script, template = ((HERE / name).read_text() for name in ("viewer.js", "viewer.html"))
         self.viewer = gr.HTML(
@@ -114,14 +130,18 @@ class Inspector:
     def _events(self) -> None:
         boxes = [box for fields in self.fields.values() for box in fields.values()]
         asking = [self.image, self.question, self.method, self.budget, *boxes]
-        shown = [self.notice, self.answers, self.viewer, self.curve, self.asked]
+        shown, drawn = [self.answers, self.shown], [self.viewer, self.curve]
         turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         # unprocessed: gradio would decode an image of any size, and a file that is none would be its own error
         asks = [self.submit.click, self.question.submit]
-        gr.on(asks, on_gpu(self.ask), asking, shown, preprocess=False, api_name="ask", **turn)
-        self.image.upload(self.check_image, self.image, [self.image, self.notice], preprocess=False, **quick)
-        self.viewer.submit(on_gpu(self.ask_again), [self.asked], shown, api_visibility="private", **turn)
+        first = gr.on(asks, on_gpu(self.ask), asking, shown, preprocess=False, api_name="ask", **turn)
+        again = self.viewer.submit(on_gpu(self.ask_again), self.shown, shown, api_visibility="private", **turn)
+        for answered in (first, again):
+            answered.success(self.draw, self.shown, drawn, **quick)
+        # queued: outside of the queue gradio hides what an error says
+        opened = self.image.upload(self.check_image, self.image, None, preprocess=False, **quick | {"queue": True})
+        opened.failure(lambda: None, None, self.image, **quick)
         self.scene.click(self.new_scene, None, [self.image, self.question], **quick)
         self.gallery.select(self.example, None, [self.image, self.question], **quick)
         knobs = [self.method, self.budget]
@@ -144,22 +164,25 @@ class Inspector:
     def ask(
         self, image: dict[str, Any] | None, question: str, method: str, budget: float, *values: Any
     ) -> Iterator[tuple]:
-        """Stream both answers, then the patches and the curve; or say what is missing or wrong."""
-        try:
+        """Stream both answers, or say what is missing or wrong."""
+        with told():
             asked = self._checked(image, question, method, budget, values)
-        except (ValueError, TypeError) as error:
-            yield self._told(str(error))
-            return
-        yield from self._stream(asked)
+            yield from self._stream(asked)
 
-    def ask_again(self, asked: Asked | None, event: gr.EventData) -> Iterator[tuple]:
+    def ask_again(self, shown: tuple[Asked, Pair] | None, event: gr.EventData) -> Iterator[tuple]:
         """The same question with the tokens alone that the visitor picked."""
-        picked = getattr(event, "keep", [])
-        if asked is None or not all(type(token) is int and token >= 0 for token in picked):
-            yield self._told("Ask a question first, then pick patches.")
-            return
-        tokens = tuple(sorted(set(picked)))
-        yield from self._stream(Asked(asked.image, asked.question, HandPicked(tokens), None))
+        with told():
+            picked = getattr(event, "keep", [])
+            if shown is None or not all(type(token) is int and token >= 0 for token in picked):
+                raise ValueError("Ask a question first, then pick patches.")
+            asked = replace(shown[0], method=HandPicked(tuple(sorted(set(picked)))), budget=None)
+            yield from self._stream(asked)
+
+    def draw(self, shown: tuple[Asked, Pair]) -> tuple[dict[str, Any], str]:
+        """The patches, and the curve with its marker."""
+        asked, pair = shown
+        patches = view(asked.image, pair.trace, self.reader.processor.image_processor)
+        return patches, self._curve(asked.method.name, pair.compressed.tokens)
 
     def new_scene(self) -> tuple[Image.Image, str]:
         """An image and a question of the benchmark's test split."""
@@ -171,14 +194,11 @@ class Inspector:
         scene = self.examples[event.number]
         return scene.image, scene.question
 
-    def check_image(self, image: dict[str, Any] | None) -> tuple[Any, str]:
-        """Take an upload that cannot be read away again, and say why."""
-        try:
+    def check_image(self, image: dict[str, Any] | None) -> None:
+        """Say of an upload that cannot be read why."""
+        with told():
             if image:
                 self._opened(image)
-        except ValueError as error:
-            return None, panels.notice(str(error))
-        return gr.skip(), ""
 
     def budget_note(self, method: str, percent: float) -> str:
         """What the slider means in tokens, or how far the method can go."""
@@ -229,25 +249,9 @@ class Inspector:
         image.thumbnail((SIDE, SIDE))
         return image
 
-    def _stream(self, asked: Asked) -> Iterator[tuple]:
-        keep = gr.skip()
-        try:
-            for pair in compare(self.reader, asked):
-                yield "", panels.answers(pair, self.device), keep, keep, keep
-        except (ValueError, TypeError) as error:
-            yield self._told(str(error))
-            return
-        except Exception:
-            logging.getLogger(__name__).exception("a visitor's question failed")
-            yield self._told("The model could not answer this with these settings; the log of the server says why.")
-            return
-        drawn = view(asked.image, pair.trace, self.reader.processor.image_processor)
-        curve = self._curve(asked.method.name, pair.compressed.tokens)
-        yield "", panels.answers(pair, self.device), drawn, curve, asked
-
-    def _told(self, message: str) -> tuple:
-        keep = gr.skip()
-        return panels.notice(message), keep, keep, keep, keep
+    def _stream(self, asked: Asked) -> Iterator[tuple[str, tuple[Asked, Pair]]]:
+        for pair in compare(self.reader, asked):
+            yield panels.answers(pair, self.device), (asked, pair)
 
     def _curve(self, method: str, tokens: float | None) -> str:
         own = self.name == "reference"

@@ -1,4 +1,4 @@
-"""The page's texts and pictures as HTML: answers with their figures, messages, the measured curve."""
+"""The page's texts and pictures as HTML: answers with their figures, examples, the measured curve."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ from vtc.demo.asking import Answer, Pair
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 14, 40
 """Margins of the curve, in its own units."""
-
-
-def notice(text: str) -> str:
-    """A message that stays on the page."""
-    return f'<p class="notice" role="alert">{escape(text)}</p>' if text else ""
 
 
 def thumbnails(examples: Sequence[tuple[str, str]]) -> str:

@@ -24,7 +24,7 @@ def texts(client: Client, picture: Path, question: str, method: str) -> list[str
     """Both answers, full and compressed; all advanced settings at their defaults."""
     parameters = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/ask"]["parameters"]
     defaults = [None] * (len(parameters) - 4)
-    _, answers, *_ = client.predict(handle_file(picture), question, method, 25, *defaults, api_name="/ask")
+    answers = client.predict(handle_file(picture), question, method, 25, *defaults, api_name="/ask")
     return re.findall(r'class="text"[^>]*>(.*?)</p>', answers)
 
 
