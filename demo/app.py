@@ -68,6 +68,7 @@ class Inspector:
 
     def __init__(self, reader: Reader, name: str):
         self.reader, self.name = reader, name
+        self.title = Path(name).name if Path(name).is_dir() else name  # where a folder lies is nobody's business
         self.adapter = adapter.find(reader.model)
         self.examples = [scenes.example("test", 0, index) for index in EXAMPLES]
         device = reader.device
@@ -89,7 +90,7 @@ class Inspector:
 
     def _subtitle(self) -> str:
         return (
-            f"{escape(self.name)} answers twice: with all visual tokens, and with those that a method keeps. "
+            f"The model {escape(self.title)} answers twice: with all visual tokens, and with those that a method keeps. "
             f"It runs on {escape(self.device)}."
         )
 
@@ -254,9 +255,12 @@ class Inspector:
             yield panels.answers(pair, self.device), (asked, pair)
 
     def _curve(self, method: str, tokens: float | None) -> str:
-        own = self.name == "reference"
-        path = Path(vtc.eval.__file__).parent / "results/scenes/summary.json" if own else Path("out/demo/summary.json")
-        command = f"vtc eval --model {self.name} --methods vtc-cls,fastv,random,uniform --out {path.parent}"
+        if self.name == "reference":
+            path = Path(vtc.eval.__file__).parent / "results/scenes/summary.json"
+        else:
+            path = Path("out/demo", self.title.replace("/", "--"), "summary.json")
+        methods = "vtc-cls,fastv,random,uniform"
+        command = f"vtc eval --model {self.title} --methods {methods} --out {path.parent}"
         return panels.curve(path, command, method, tokens)
 
 
