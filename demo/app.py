@@ -90,8 +90,8 @@ class Inspector:
 
     def _subtitle(self) -> str:
         return (
-            f"The model {escape(self.title)} answers twice: with all visual tokens, and with those that a method keeps. "
-            f"It runs on {escape(self.device)}."
+            f"The model {escape(self.title)} answers twice: with all visual tokens, and with those that a method "
+            f"keeps. It runs on {escape(self.device)}."
         )
 
     def _inputs(self) -> None:
