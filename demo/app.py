@@ -50,19 +50,6 @@ MESSAGE = {"duration": 20, "print_exception": False}
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 
 
-@contextmanager
-def told() -> Iterator[None]:
-    """Errors as messages on the page: what a visitor can change in its own words, the rest in the server's log."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise gr.Error(escape(str(error)), **MESSAGE) from None
-    except Exception:
-        logging.getLogger(__name__).exception("a visitor's question failed")
-        message = "The model could not answer this with these settings; the log of the server says why."
-        raise gr.Error(message, **MESSAGE) from None
-
-
 class Inspector:
     """The page over one model, which all visitors share."""
 
@@ -166,13 +153,13 @@ class Inspector:
         self, image: dict[str, Any] | None, question: str, method: str, budget: float, *values: Any
     ) -> Iterator[tuple]:
         """Stream both answers, or say what is missing or wrong."""
-        with told():
+        with self._told():
             asked = self._checked(image, question, method, budget, values)
             yield from self._stream(asked)
 
     def ask_again(self, shown: tuple[Asked, Pair] | None, event: gr.EventData) -> Iterator[tuple]:
         """The same question with the tokens alone that the visitor picked."""
-        with told():
+        with self._told():
             picked = getattr(event, "keep", [])
             if shown is None or not all(type(token) is int and token >= 0 for token in picked):
                 raise ValueError("Ask a question first, then pick patches.")
@@ -197,7 +184,7 @@ class Inspector:
 
     def check_image(self, image: dict[str, Any] | None) -> None:
         """Say of an upload that cannot be read why."""
-        with told():
+        with self._told():
             if image:
                 self._opened(image)
 
@@ -213,7 +200,7 @@ class Inspector:
         except vtc.BudgetError as error:
             return f"Too low: {method} reaches down to {error.floor:.0%}."
         except ValueError as error:
-            return str(error)
+            return self._public(error)
         layers = tuple(stage.layer for stage in bound.stages(shape))
         spent = budget * tokens if bound.adaptive else average_tokens(tokens, kept, layers, shape.decoder_layers)
         return f"{spent:.0f} of {tokens} visual tokens, averaged over the decoder layers."
@@ -249,6 +236,22 @@ class Inspector:
             raise ValueError(str(error).replace(str(path), upload.get("orig_name") or path.name)) from None
         image.thumbnail((SIDE, SIDE))
         return image
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors as messages on the page: what a visitor can change in its own words, the rest in the server's log."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise gr.Error(escape(self._public(error)), **MESSAGE) from None
+        except Exception:
+            logging.getLogger(__name__).exception("a visitor's question failed")
+            message = "The model could not answer this with these settings; the log of the server says why."
+            raise gr.Error(message, **MESSAGE) from None
+
+    def _public(self, error: Exception) -> str:
+        """What an error says, without where the model lies on this machine."""
+        return str(error).replace(str(Path(self.reader.model.config._name_or_path)), self.title)
 
     def _stream(self, asked: Asked) -> Iterator[tuple[str, tuple[Asked, Pair]]]:
         for pair in compare(self.reader, asked):

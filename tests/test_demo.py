@@ -353,6 +353,12 @@ def test_settings_that_cannot_be(method, values):
         settings.configured(vtc.methods()[method], values)
 
 
+def test_where_the_model_lies_stays_private(reader):
+    note = Inspector(reader, "reference").budget_note("atp", 60)
+    assert "reference/atp has modules for 0.15, 0.25, 0.5" in note
+    assert model_path("reference") not in note
+
+
 def test_texts_are_escaped_and_differences_marked(reader):
     trace = last(reader, asked()).trace
     html = panels.answers(Pair(Answer("a red <b>"), Answer("a blue <b>"), trace, "x < y"), "CPU")
