@@ -480,11 +480,16 @@ def _need(*modules: str, extra: str) -> None:
 
 
 def _quiet() -> None:
-    """Keep transformers' notes and its own progress bars out of the command's output."""
-    from transformers.utils import logging
+    """Keep the notes of transformers, its progress bars and torchao's import out of the command's output."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import torch  # it sets its loggers' levels when it is imported
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torchao", torch.utils._pytree.__name__):  # transformers imports torchao wherever it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
