@@ -222,16 +222,26 @@ def test_layers_on_disk(model, setting, tmp_path):
     assert torch.equal(offloaded.generate(**inputs, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("part", ["decoder layers", "vision tower"])
 @pytest.mark.parametrize("setting", SITES)
-def test_a_compiled_decoder_answers_the_same(llava, setting):
-    inputs = prompt(llava, (1, 2))
+def test_compiled_parts_answer_the_same(llava, setting, part):
+    """Also where they were compiled, and ran, before the model was wrapped."""
+    inputs, compiled = prompt(llava, (1, 2)), copy.deepcopy(llava)
+    bare = llava.generate(**inputs, **GREEDY)
     expected = vtc.wrap(llava, *METHODS[setting]).generate(**inputs, **GREEDY)
     vtc.unwrap(llava)
-    compiled = copy.deepcopy(llava)
-    for layer in oracle.layers(compiled):
-        layer.compile(backend="eager")
+    for module in oracle.layers(compiled) if part == "decoder layers" else [compiled.model.vision_tower]:
+        module.compile(backend="eager")
+    assert torch.equal(compiled.generate(**inputs, **GREEDY), bare)
     vtc.wrap(compiled, *METHODS[setting])
     assert torch.equal(compiled.generate(**inputs, **GREEDY), expected)
+    vtc.unwrap(compiled)
+    assert torch.equal(compiled.generate(**inputs, **GREEDY), bare)
+
+
+def test_what_torch_compile_returns_is_refused(llava):
+    with pytest.raises(TypeError, match="wrap the model itself"):
+        vtc.wrap(torch.compile(llava), "random", 0.5)
 
 
 @pytest.mark.parametrize("setting", SITES)

@@ -49,6 +49,8 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
             is only known at run time, so is the error.
         TypeError: a model of an unknown family (the message lists the known).
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
     compression = Compression(model, _resolve(method), budget)
     unwrap(model)
     compression.install()
@@ -142,6 +144,7 @@ class Compression:
         for block in self.adapter.unread_blocks({}):
             self._unread.append((block, block.__dict__.get("forward")))
             block.forward = _skippable(block.forward)
+        _tell_compiler(self.adapter.model)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -239,6 +242,13 @@ class Compression:
             return None
         hidden, kwargs = forward.enter_layer(number, args[0], kwargs)
         return (hidden, *args[1:]), kwargs
+
+
+def _tell_compiler(model: nn.Module) -> None:
+    """Make torch.compile guard on hooks, which come and go here, and look again at what it compiled before."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if any(part._compiled_call_impl or part.__dict__.get("_compiled_call") for part in model.modules()):
+        torch.compiler.reset()
 
 
 def _skippable(forward):
