@@ -1,15 +1,16 @@
-"""The peers' way beside vtc's: the same scores read out of materialised attention, in one interleaved run.
+"""The peers' ways beside vtc's: the same scores read out of materialised attention, in one interleaved run.
 
 The released code of FastV and of VTC-CLS asks transformers for `output_attentions`: eager attention, and the matrices
-of all layers held at once. Weights, kept tokens and compaction are the same in both arms here, so that the ratio is
-what seeing costs. vtc's own scoring runs in the peers' arm, too; `vtc bench` tells how little that is.
+of all layers held at once. Others leave the model its kernel, and run the attention of the one layer again, eagerly, in
+a hook. Weights, kept tokens and compaction are the same in all arms here, so that the ratio is what seeing costs. vtc's
+own scoring runs in the peers' arms, too; `vtc bench` tells how little that is.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ def compare(model: nn.Module, budgets: Sequence[vtc.stage.Budget], case: bench.C
     """Medians over rounds of seconds to the first token, and of bytes beyond what was held before it.
 
     On a CPU these are of the process, whose allocator keeps what it once had: they are too low rather than too high.
-    One row a method and budget: {"method", "budget", "vtc", "peers", "agreement"}; the last is the share of the kept
-    tokens that the peers' scores keep, too: 1 in float32, less where half precision rounds the matrices.
+    One row a method and budget: {"method", "budget", "vtc", and the names of `WAYS`}, each of these with "seconds" and
+    "bytes", those of the peers with "agreement": the share of the kept tokens that the peers' scores keep, too: 1 in
+    float32, less where half precision rounds the matrices.
     Raises ValueError for a model whose images differ in size.
     """
     if vtc.adapter.find(model).tokens_per_image() is None:
@@ -37,86 +39,120 @@ def compare(model: nn.Module, budgets: Sequence[vtc.stage.Budget], case: bench.C
     inputs = shapes.prompt(model, case.batch, case.prompt_tokens)
     arms = [(method, budget) for method in ATTENTION for budget in budgets]
     rounds = [
-        [{way: _run(model, *arm, inputs, way == "peers") for way in ("vtc", "peers")} for arm in arms]
+        [{way: _run(model, *arm, inputs, way) for way in ("vtc", *WAYS)} for arm in arms]
         for _ in range(case.rounds + 1)
     ][1:]  # the first warms up
     rows = []
     for (method, budget), runs in zip(arms, zip(*rounds, strict=True), strict=True):
-        row = {"method": method, "budget": budget, "agreement": runs[0]["peers"]["agreement"]}
-        for way in ("vtc", "peers"):
-            row[way] = {part: statistics.median(run[way][part] for run in runs) for part in ("seconds", "bytes")}
+        row = {"method": method, "budget": budget}
+        for way in ("vtc", *WAYS):
+            row[way] = {part: statistics.median(run[way][part] for run in runs) for part in runs[0][way]}
         rows.append(row)
     return rows
 
 
-def _run(model: nn.Module, method: str, budget: vtc.stage.Budget, inputs: dict[str, Tensor], peers: bool) -> dict:
-    with _eager(model, ATTENTION[method]) if peers else nullcontext(), vtc.compressed(model, method, budget) as trace:
-        with _scored(model, inputs) if peers else nullcontext() as scores:
-            bench.reset_peak(model.device)
-            before = bench.peak_bytes(model.device)
-            seconds, _ = bench.timed(lambda: model(**inputs, logits_to_keep=1), model)
+def _run(
+    model: nn.Module, method: str, budget: vtc.stage.Budget, inputs: dict[str, Tensor], way: str
+) -> dict[str, float]:
+    scores: dict[int, Tensor] = {}
+    with vtc.compressed(model, method, budget) as trace, ExitStack() as theirs:
+        if way in WAYS:
+            theirs.enter_context(WAYS[way](model, _reader(model, inputs, scores)))
+        bench.reset_peak(model.device)
+        before = bench.peak_bytes(model.device)
+        seconds, _ = bench.timed(lambda: model(**inputs, logits_to_keep=1), model)
         found = {"seconds": seconds, "bytes": max(0, (bench.peak_bytes(model.device) or 0) - (before or 0))}
-        if peers:
-            kept = torch.stack(trace.kept())
-            theirs = sum(scores.values()).topk(kept.shape[1]).indices.cpu()
-            found["agreement"] = (kept[:, :, None] == theirs[:, None]).any(2).float().mean().item()
+    if way in WAYS:
+        kept = torch.stack(trace.kept())
+        best = sum(scores.values()).topk(kept.shape[1]).indices.cpu()
+        found["agreement"] = (kept[:, :, None] == best[:, None]).any(2).float().mean().item()
     return found
 
 
+Read = Callable[[vtc.observe.Need, Tensor], None]
+
+
+def _reader(model: nn.Module, inputs: dict[str, Tensor], scores: dict[int, Tensor]) -> Read:
+    """What puts a layer's scores (batch, tokens), out of its (batch, heads, queries, keys) matrix, into `scores`."""
+    cls, visual = model.vtc.adapter.has_cls(), inputs["input_ids"] == model.vtc.adapter.image_token_id
+
+    def read(need: vtc.observe.Need, matrix: Tensor) -> None:
+        matrix = matrix.mean(1)
+        if not need.tower:
+            scores[need.layer] = matrix[:, -1][visual].view(len(visual), -1)
+        else:
+            scores[need.layer] = matrix[:, 0, 1:] if cls else matrix.mean(1)
+
+    return read
+
+
 @contextmanager
-def _eager(model: nn.Module, part: str) -> Iterator[None]:
-    """Eager attention and `output_attentions` in the vision tower or in the decoder."""
+def output_attentions(model: nn.Module, read: Read) -> Iterator[None]:
+    """All attention of the vision tower or of the decoder is eager, and its matrices are kept."""
+    part = ATTENTION[model.vtc.method.name]
     config = getattr(model.config, part)
     kernel = config._attn_implementation
     model.set_attn_implementation({part: "eager"})
     config.output_attentions = True
     try:
-        yield
+        with _hooked(model, lambda need: lambda module, args, kwargs, output: read(need, output[1])):
+            yield
     finally:
         config.output_attentions = False
         model.set_attn_implementation({part: kernel})
 
 
 @contextmanager
-def _scored(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[dict[int, Tensor]]:
-    """By layer the scores (batch, tokens) out of the matrices that the wrapped method's layers return."""
-    adapter, scores = model.vtc.adapter, {}
-    visual = inputs["input_ids"] == adapter.image_token_id
+def run_again(model: nn.Module, read: Read) -> Iterator[None]:
+    """The attention of the layers that are read runs a second time, eagerly, after its own kernel."""
 
-    def score(need: vtc.observe.Need):
-        def hook(module: nn.Module, args: tuple, output: tuple) -> None:
-            matrix = output[1].mean(1)
-            if not need.tower:
-                scores[need.layer] = matrix[:, -1][visual].view(len(visual), -1)
-            elif adapter.has_cls():
-                scores[need.layer] = matrix[:, 0, 1:]
-            else:
-                scores[need.layer] = matrix.mean(1)
+    def again(need: vtc.observe.Need):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+            kernel = module.config._attn_implementation
+            module.config._attn_implementation = "eager"
+            try:
+                read(need, module.forward(*args, **{**kwargs, "past_key_values": None})[1])
+            finally:
+                module.config._attn_implementation = kernel
 
         return hook
 
-    blocks = {True: adapter.tower_blocks(), False: adapter.layers}
-    handles = [blocks[need.tower][need.layer].self_attn.register_forward_hook(score(need)) for need in model.vtc.needs]
+    with _hooked(model, again):
+        yield
+
+
+WAYS = {"output_attentions": output_attentions, "run again": run_again}
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[[vtc.observe.Need], Callable]) -> Iterator[None]:
+    """`hook` of each need of the wrapped method, on the attention of its layer."""
+    blocks = {True: model.vtc.adapter.tower_blocks(), False: model.vtc.adapter.layers}
+    handles = [
+        blocks[need.tower][need.layer].self_attn.register_forward_hook(hook(need), with_kwargs=True)
+        for need in model.vtc.needs
+    ]
     try:
-        yield scores
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """Milliseconds and MiB of both ways, and how many times as long the peers' takes."""
+    """Milliseconds and MiB of each way, and how many times as long the peers' take."""
     grid = Table(title=title, caption="MiB: the peak beyond the model and its inputs")
-    for column in ("", "budget", "vtc, ms", "peers, ms", "ratio", "vtc, MiB", "peers, MiB", "same tokens"):
-        grid.add_column(column, justify="right" if column else "left")
+    for column in ("", "budget", "way", "ms", "ratio", "MiB", "same tokens"):
+        grid.add_column(column, justify="right" if column in ("ms", "ratio", "MiB", "same tokens") else "left")
     for row in rows:
-        own, theirs = row["vtc"], row["peers"]
-        grid.add_row(
-            row["method"],
-            str(row["budget"]),
-            *(f"{way['seconds'] * 1e3:.0f}" for way in (own, theirs)),
-            f"{theirs['seconds'] / own['seconds']:.2f}x",
-            *(f"{way['bytes'] * 2**-20:.0f}" for way in (own, theirs)),
-            f"{row['agreement']:.0%}",
-        )
+        for way in ("vtc", *WAYS):
+            grid.add_row(
+                *(("", "") if way in WAYS else (row["method"], str(row["budget"]))),
+                way,
+                f"{row[way]['seconds'] * 1e3:.0f}",
+                f"{row[way]['seconds'] / row['vtc']['seconds']:.2f}x",
+                f"{row[way]['bytes'] * 2**-20:.0f}",
+                f"{row[way]['agreement']:.0%}" if way in WAYS else "",
+                end_section=way == [*WAYS][-1],
+            )
     return grid

@@ -124,20 +124,27 @@ def test_the_peers_keep_the_same_tokens():
     assert [(row["method"], row["budget"]) for row in rows] == [
         (m, b) for m in ("vtc-cls", "fastv") for b in (0.4, 0.5)
     ]
-    assert all(row["agreement"] == 1 for row in rows)
-    assert all(row[way]["seconds"] > 0 for row in rows for way in ("vtc", "peers"))
+    assert all(row[way]["agreement"] == 1 for row in rows for way in peers.WAYS)
+    assert all(row[way]["seconds"] > 0 for row in rows for way in ("vtc", *peers.WAYS))
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
     assert not model.config.text_config.output_attentions
 
 
-def test_the_peers_way_is_materialised():
-    """Scores that are made to disagree are found out, and the matrices are there at all."""
-    model = llava()
+@pytest.mark.parametrize("way", peers.WAYS)
+@pytest.mark.parametrize("method", peers.ATTENTION)
+def test_the_peers_ways_are_materialised(way, method):
+    """The matrices are there at all, and the layer that is run again changes nothing."""
+    model, matrices = llava(), {}
     inputs = shapes.prompt(model, 1, 12)
-    for method, part in peers.ATTENTION.items():
-        with peers._eager(model, part), vtc.compressed(model, method, 0.5), peers._scored(model, inputs) as scores:
-            model(**inputs)
-        assert [row.shape for row in scores.values()] == [(1, 36)] * len(scores)
-        assert len(scores) > 0
+    with vtc.compressed(model, method, 0.5):
+        expected = model(**inputs).logits
+        with peers.WAYS[way](model, matrices.__setitem__):
+            out = model(**inputs)
+        assert list(matrices) == list(model.vtc.needs)
+    assert all(matrix.ndim == 4 and matrix.shape[2] == matrix.shape[3] > 36 for matrix in matrices.values())
+    torch.testing.assert_close(out.logits, expected)
+
+
+def test_the_peers_need_single_crops():
     with pytest.raises(ValueError, match="single crops"):
         peers.compare(FAMILIES["llava_next"].model, [0.5], bench.Case())

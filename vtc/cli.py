@@ -196,7 +196,7 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = "sdpa",
     peers: Annotated[
-        bool, typer.Option("--peers", help="Instead, compare FastV and VTC-CLS with output_attentions, their way.")
+        bool, typer.Option("--peers", help="Instead, compare FastV and VTC-CLS with how others read attention.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png, or peers.json.")] = None,
 ) -> None:
