@@ -49,6 +49,9 @@ class Atp(Method):
 
     Left open by what can be read of the paper, and chosen here: both scores are scaled to [0, 1] over the image (logits
     have no bounds, thresholds do); the lattice thins out by half from module to module; at least one token stays.
+    Measured on the reference model at a budget of 0.25, modules trained anew for each choice, 1,000 validation
+    questions (percent, +-2): as it is 86.5; scores not scaled 78.3; the same lattice in all modules 86.8; none 82.3;
+    no GELU in the modules 85.0; 600 steps at half of the learning rate instead of 300 84.9.
     """
 
     layers: tuple[int, ...] | None = None
