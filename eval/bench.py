@@ -51,6 +51,8 @@ class Case:
     rounds: int = 3
     pixels: int | None = None
     """The side of the image, for families that choose their resolution by it."""
+    compiled: bool = False
+    """Whether torch.compile makes the decoder layers of all that is measured; each run is then preceded by two more."""
 
 
 @torch.inference_mode()
@@ -62,6 +64,8 @@ def bench(
     One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "own", "binds"}. "full", "pruned" and
     "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. In a round all take turns.
     """
+    if case.compiled:
+        _compile(vtc.adapter.find(model).layers)
     inputs = shapes.prompt(model, case.batch, case.prompt_tokens, case.pixels)
     counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
     text = case.prompt_tokens
@@ -101,13 +105,13 @@ def _round(
 
     def pruned(arm: tuple) -> dict[str, float]:
         with vtc.compressed(model, *arm) as trace:
-            return _run(model, inputs, case.new_tokens) | {part: trace.seconds.get(part, 0.0) for part in OWN}
+            return _run(model, inputs, case) | {part: trace.seconds.get(part, 0.0) for part in OWN}
 
     def short(length: int) -> dict[str, float]:
         ids = torch.full((case.batch, length), 2, device=model.device)
-        return _run(model, {"input_ids": ids}, case.new_tokens)
+        return _run(model, {"input_ids": ids}, case)
 
-    works = {"full": lambda: _run(model, inputs, case.new_tokens)}
+    works = {"full": lambda: _run(model, inputs, case)}
     works |= {("pruned", number): functools.partial(pruned, arm) for number, arm in enumerate(arms)}
     works |= {length: functools.partial(short, length) for length in sorted(lengths)}
     return {name: works[name]() for name in random.Random(seed).sample([*works], len(works))}
@@ -123,8 +127,21 @@ def _limit(full: dict[str, float], short: list[dict[str, float]]) -> dict[str, f
     return {"vision": full["vision"], **mean, "first": full["vision"] + mean["prefill"]}
 
 
-def _run(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
+def _compile(layers: Sequence[torch.nn.Module]) -> None:
+    """Each layer by itself, as wrapped ones have hooks of their own, often enough for prompts and decoded tokens."""
+    torch._dynamo.config.recompile_limit = 8 * len(layers)
+    for layer in layers:
+        layer.compile()
+
+
+def _run(model: torch.nn.Module, inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
     """One prompt to its last token: the parts that `PARTS` names."""
+    for _ in range(2 * case.compiled):  # wrapping makes the compiler look again, first at these lengths, then at any
+        _once(model, inputs, case.new_tokens)
+    return _once(model, inputs, case.new_tokens)
+
+
+def _once(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
     vision = []
     reset_peak(model.device)
     with _timed_vision(model, vision):

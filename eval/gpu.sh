@@ -25,6 +25,10 @@ for attention in $kernels; do
             "${common[@]}" --out "$out/llava-next-7b-$attention-$batch-least"
     done
 done
+for model in llava-qwen2-0.5b llava-1.5-7b; do # where launches bind
+    "$vtc" bench --compile --model $model --methods vtc-cls,fastv --budgets 64 --device cuda --dtype bfloat16 \
+        --new-tokens 32 --rounds 3 --out "$out/$model-compiled"
+done
 for batch in 1 8; do
     "$vtc" bench --peers --model llava-1.5-7b --budgets 64 --batch $batch --device cuda --dtype bfloat16 \
         --out "$out/peers-$batch"

@@ -1,5 +1,8 @@
 """The arithmetic of cost, against published and derived figures for LLaVA-1.5-7B, and the benchmark's bookkeeping."""
 
+from dataclasses import replace
+from functools import partialmethod
+
 import pytest
 import torch
 from models import FAMILIES, llava
@@ -116,6 +119,18 @@ def test_shapes_have_the_parameters_of_their_models(name, parameters):
 def test_an_unknown_shape_is_named():
     with pytest.raises(ValueError, match=r"llava-1\.5-7b"):
         shapes.load("llava-9", torch.float32, "cpu")
+
+
+def test_compiled_layers_keep_as_many_tokens(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    model, arms = llava(), [("vtc-cls", 0.4)]
+    case = bench.Case(prompt_tokens=12, new_tokens=2, rounds=1)
+    (plain,) = bench.bench(model, arms, case)
+    (row,) = bench.bench(model, arms, replace(case, compiled=True))
+    assert all(layer._compiled_call_impl is not None for layer in model.model.language_model.layers)
+    assert (row["tokens"], row["pruned"]["kv_bytes"]) == (plain["tokens"], plain["pruned"]["kv_bytes"])
+    assert row["pruned"]["kv_bytes"] < row["full"]["kv_bytes"]
 
 
 def test_the_peers_keep_the_same_tokens():

@@ -195,6 +195,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = "sdpa",
+    compiled: Annotated[bool, typer.Option("--compile", help="Decoder layers by torch.compile, in all arms.")] = False,
     peers: Annotated[
         bool, typer.Option("--peers", help="Instead, compare FastV and VTC-CLS with how others read attention.")
     ] = False,
@@ -223,11 +224,13 @@ def bench(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
+    if peers and compiled:
+        raise typer.BadParameter("--compile and --peers do not go together")
     where = pick_device(device)
-    case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels)
+    case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels, compiled)
     loaded = shapes.load(model, getattr(torch, dtype), where, attention)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{model}, batch {batch}, {dtype}, {attention}, {name}"
+    title = f"{model}, batch {batch}, {dtype}, {attention}{', compiled' * compiled}, {name}"
     if peers:
         rows = compared.compare(loaded, parse_budgets(budgets), case)
         Console().print(compared.table(rows, title))

@@ -366,6 +366,7 @@ class Forward:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # compiled layers compute; what happens between them is no part of their graphs
     def enter_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Before decoder layer `layer` runs: its stage, if it has one, and then the arguments of its span."""
         tables = kwargs["position_embeddings"]
