@@ -135,13 +135,14 @@ def _compile(layers: Sequence[torch.nn.Module]) -> None:
 
 
 def _run(model: torch.nn.Module, inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
-    """One prompt to its last token: the parts that `PARTS` names."""
+    """`_once`, after what a compiled model needs to warm up."""
     for _ in range(2 * case.compiled):  # wrapping makes the compiler look again, first at these lengths, then at any
         _once(model, inputs, case.new_tokens)
     return _once(model, inputs, case.new_tokens)
 
 
 def _once(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
+    """One prompt to its last token: the parts that `PARTS` names."""
     vision = []
     reset_peak(model.device)
     with _timed_vision(model, vision):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,12 +55,11 @@ def _run(
     model: nn.Module, method: str, budget: vtc.stage.Budget, inputs: dict[str, Tensor], way: str
 ) -> dict[str, float]:
     scores: dict[int, Tensor] = {}
-    with vtc.compressed(model, method, budget) as trace, ExitStack() as theirs:
-        if way in WAYS:
-            theirs.enter_context(WAYS[way](model, _reader(model, inputs, scores)))
-        bench.reset_peak(model.device)
-        before = bench.peak_bytes(model.device)
-        seconds, _ = bench.timed(lambda: model(**inputs, logits_to_keep=1), model)
+    with vtc.compressed(model, method, budget) as trace:
+        with WAYS[way](model, _reader(model, inputs, scores)) if way in WAYS else nullcontext():
+            bench.reset_peak(model.device)
+            before = bench.peak_bytes(model.device)
+            seconds, _ = bench.timed(lambda: model(**inputs, logits_to_keep=1), model)
         found = {"seconds": seconds, "bytes": max(0, (bench.peak_bytes(model.device) or 0) - (before or 0))}
     if way in WAYS:
         kept = torch.stack(trace.kept())

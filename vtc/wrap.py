@@ -47,7 +47,7 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
         ValueError: unknown method (the message lists the known), or a method that cannot work on this model.
         BudgetError: a budget out of the method's reach (the message names the range). Where the number of tokens
             is only known at run time, so is the error.
-        TypeError: a model of an unknown family (the message lists the known).
+        TypeError: a model of an unknown family (the message lists the known), or what torch.compile returned.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
@@ -245,7 +245,10 @@ class Compression:
 
 
 def _tell_compiler(model: nn.Module) -> None:
-    """Make torch.compile guard on hooks, which come and go here, and look again at what it compiled before."""
+    """Make torch.compile guard on hooks, which come and go here, and look again at what it compiled before.
+
+    Each time, also where the guards are on: hooks of many wrappings would use up its limit of recompilations.
+    """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     if any(part._compiled_call_impl or part.__dict__.get("_compiled_call") for part in model.modules()):
         torch.compiler.reset()
