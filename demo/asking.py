@@ -19,9 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import vtc
 from vtc import adapter, cost
+from vtc.choice import Seen, Selection
 from vtc.eval.reader import Reader
-from vtc.observe import Seen
-from vtc.select import Selection
 from vtc.stage import Budget, Method, Shape, Stage
 
 MODEL = Lock()

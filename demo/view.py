@@ -13,7 +13,7 @@ from PIL import Image
 
 from vtc import Trace
 from vtc.eval.images import seen_box
-from vtc.observe import Part
+from vtc.grids import Grid
 
 PIXELS = 1024
 """The longer side of the picture that is sent to the browser."""
@@ -70,7 +70,7 @@ def fates(trace: Trace) -> dict[str, Any]:
     return {"left": left, "into": into, "stages": stages}
 
 
-def layout(parts: list[Part], size: tuple[int, int], seen: tuple[int, int, int, int]) -> tuple[list[Box], list[Box]]:
+def layout(parts: list[Grid], size: tuple[int, int], seen: tuple[int, int, int, int]) -> tuple[list[Box], list[Box]]:
     """Where copies of a (width, height) image go, and over them each token's rectangle, in pixels of the image.
 
     One grid lies over what the model sees of the image. Several grids of one shape are tiles in place, row by row, and
@@ -101,7 +101,7 @@ def _tiling(tiles: int, aspect: float) -> tuple[int, int]:
     return best, tiles // best
 
 
-def _cells(part: Part, box: Box) -> list[Box]:
+def _cells(part: Grid, box: Box) -> list[Box]:
     """The cells of a grid over a box, in raster order."""
     (rows, columns), (left, top, width, height) = part, box
     down, across = height / rows, width / columns

@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vtc
+from vtc.choice import Seen, Selection
 from vtc.eval import bench, shapes
-from vtc.observe import Seen
-from vtc.select import Selection, top_k
+from vtc.select import top_k
 from vtc.stage import Method, Shape, Stage
 
 

@@ -14,7 +14,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, register
-from vtc.observe import Part, TowerStates
+from vtc.attention import TowerStates
+from vtc.grids import Grid
 
 
 @register
@@ -43,7 +44,7 @@ class Idefics3(Adapter):
         tokens = connector.pixel_shuffle(maps, connector.scale_factor).mean(-1)
         return list(rearrange(tokens, "(i c) n -> i n c", i=crops))
 
-    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Part]]:
+    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Grid]]:
         tokens = self.backbone.image_seq_len
         return [[self.grid(tokens)]] * (sum(sizes) // tokens)
 

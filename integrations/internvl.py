@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, register
-from vtc.observe import Attention
+from vtc.attention import Attention
 
 
 @register

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vtc.adapter import Adapter, register
-from vtc.observe import Part
+from vtc.grids import Grid
 
 
 @register
@@ -52,7 +52,7 @@ class LlavaNext(Adapter):
         side = config.vision_config.image_size
         return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in call["image_sizes"]]
 
-    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Part]]:
+    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Grid]]:
         side = self.model.config.vision_config.image_size // self.patch_size()
         if "pixel_values_videos" in call:
             return self.frames(call, side)
@@ -62,7 +62,7 @@ class LlavaNext(Adapter):
         widths = [int(tail.argmax()) + 1 for tail in tails]
         return [[(side, side), (len(tail) // width, width)] for tail, width in zip(tails, widths, strict=True)]
 
-    def frames(self, call: dict[str, Any], side: int) -> list[list[Part]]:
+    def frames(self, call: dict[str, Any], side: int) -> list[list[Grid]]:
         videos, frames = call["pixel_values_videos"].shape[:2]
         side //= self.model.config.spatial_pool_stride
         return [[(side, side)] * frames] * videos

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vtc.adapter import register
+from vtc.grids import Grid
 from vtc.integrations.llava_next import LlavaNext
-from vtc.observe import Part
 
 
 @register
@@ -34,7 +34,7 @@ class LlavaOnevision(LlavaNext):
         alone = [True] * len(call["image_sizes"]) if images is None else [n == 1 for n in images for _ in range(n)]
         return [tiles if single else 1 for tiles, single in zip(super().tiles(call), alone, strict=True)]
 
-    def frames(self, call: dict[str, Any], side: int) -> list[list[Part]]:
+    def frames(self, call: dict[str, Any], side: int) -> list[list[Grid]]:
         videos, frames = call["pixel_values_videos"].shape[:2]
         side = (side + 1) // 2
         return [[(side, side)] * frames + [(1, 1)]] * videos

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.vision_utils import get_vision_window_index
 
 from vtc.adapter import Adapter, register
-from vtc.observe import Attention, Part, TowerStates
+from vtc.attention import Attention, TowerStates
+from vtc.grids import Grid
 
 
 @register
@@ -66,7 +67,7 @@ class QwenVL(Adapter):
             tokens = tokens[index.argsort().to(tokens.device)]
         return list(tokens.split([time * height * width // unit for time, height, width in grids]))
 
-    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Part]]:
+    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Grid]]:
         merge = self.backbone.visual.spatial_merge_size
         return [[(height // merge, width // merge)] * time for time, height, width in self._grids(call)]
 

@@ -13,6 +13,8 @@ from oracle import attentions, top
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
+from vtc.attention import attention_rows
+from vtc.grids import evenly_spaced
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
@@ -20,8 +22,6 @@ from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
-from vtc.observe import attention_rows
-from vtc.select import evenly_spaced
 from vtc.stage import Shape
 
 SEEDS = range(50)

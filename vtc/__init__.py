@@ -10,7 +10,7 @@ from vtc.methods import methods
 from vtc.prefix import prefix
 from vtc.stage import BudgetError, Method, Shape, Stage
 from vtc.trace import Trace
-from vtc.wrap import compressed, unwrap, wrap
+from vtc.wrapping import compressed, unwrap, wrap
 
 __version__ = "0.1.0"
 __all__ = ["BudgetError", "Method", "Shape", "Stage", "Trace", "compressed", "methods", "prefix", "unwrap", "wrap"]

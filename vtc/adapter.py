@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtc.observe import Attention, Part, TowerStates
+from vtc.attention import Attention, TowerStates
+from vtc.grids import Grid
 from vtc.stage import Shape
 
 ADAPTERS: dict[str, type[Adapter]] = {}
@@ -170,7 +171,7 @@ class Adapter:
         """
         return list(patches)
 
-    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Part]]:
+    def parts(self, call: dict[str, Any], sizes: list[int]) -> list[list[Grid]]:
         """The grids that the `sizes` tokens of each image form, in token order: tiles, frames."""
         return [[self.grid(size)] for size in sizes]
 
@@ -187,7 +188,7 @@ class Adapter:
         """Visual tokens of an image where the family fixes that number, else None."""
         return None
 
-    def grid(self, tokens: int) -> Part:
+    def grid(self, tokens: int) -> Grid:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:

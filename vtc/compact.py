@@ -1,16 +1,14 @@
 """The one routine that carries a sequence over to a keep list. Nothing else in vtc gathers along the sequence.
 
-A keep mask becomes a `Plan`; states, rotary tables, positions and masks all go through `gather` with its index, and
-what the model returns goes back through `gather` with its `source`. Original positions survive by construction: the
-rotary tables are gathered, never recomputed.
+A keep mask becomes a `Plan`; states, rotary tables, positions, columns, keys and values all go through `gather` with its
+index. Original positions survive by construction: rotary tables are gathered, never recomputed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -21,19 +19,19 @@ class Plan:
     index: Tensor
     """(batch, kept): the old position of each new one; rows that keep fewer are filled up at the start, so that a cache
     that holds a row's last keys only (a sliding window's) holds real ones."""
-    mask: Tensor | None
+    real: Tensor | None
     """(batch, kept) bool, False at the filling; None when no row needs any."""
     source: Tensor
     """(batch, length): the new position that answers for each old one, its last survivor at or before it."""
 
 
-def plan(keep: Tensor, lengths: list[int]) -> Plan:
+def plan(keep: Tensor, lengths: Sequence[int]) -> Plan:
     """Plan for a (batch, length) bool mask whose rows keep `lengths` positions (known on the host: no device sync)."""
     longest = max(lengths)
     index = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
-    mask = None if min(lengths) == longest else keep.gather(1, index)
+    real = None if min(lengths) == longest else keep.gather(1, index)
     order = keep.long().cumsum(1)
-    return Plan(index, mask, (order - 1 + longest - order[:, -1:]).clamp(min=0))
+    return Plan(index, real, (order - 1 + longest - order[:, -1:]).clamp(min=0))
 
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
@@ -52,12 +50,3 @@ def change(x: Tensor, row: Tensor, position: Tensor, valid: Tensor, new: Callabl
     row = row[:, None].expand_as(position)
     changed = new(x[row, position])
     return x.index_put((row[valid], position[valid]), changed[valid])
-
-
-def join(past: Tensor | None, past_length: int, new: Tensor | None, shape: tuple[int, int], device) -> Tensor | None:
-    """The (batch, past_length + length) mask of cached keys and new ones of `shape`; None when all are visible."""
-    if past is None and new is None:
-        return None
-    past = torch.ones(shape[0], past_length, dtype=torch.bool) if past is None else past
-    new = torch.ones(shape, dtype=torch.bool) if new is None else new
-    return torch.cat((past.to(device), new.to(device)), dim=1)

@@ -12,8 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vtc.observe import Part, Seen
-from vtc.select import Selection, top_k
+from vtc.choice import Seen, Selection
+from vtc.grids import Grid
+from vtc.select import top_k
 
 
 def absorb(features: Tensor, into: Tensor, weights: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Selection:
 
 
 @lru_cache(maxsize=64)
-def _cells(parts: tuple[Part, ...], cell: float, length: int) -> Tensor:
+def _cells(parts: tuple[Grid, ...], cell: float, length: int) -> Tensor:
     """The cell of each token, counted on from grid to grid, padded to `length`."""
     columns = math.ceil(1 / cell)
     cells = []

@@ -7,67 +7,19 @@ hook keeps, and how they become one row over the visual tokens, in float32. Noth
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vtc import scores
+from vtc.adapter import Adapter
+from vtc.attention import TowerStates, attention_rows
 from vtc.compact import gather
-
-if TYPE_CHECKING:
-    from vtc.adapter import Adapter
-    from vtc.forward import Forward
-
-
-Part = tuple[int, int]
-"""(height, width) of a grid of visual tokens: a whole image, a tile, or a frame."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The parts of one attention module that a row is recomputed from."""
-
-    query: nn.Module
-    """Module whose output is the queries before norm and rotary embedding: (batch, length, heads * head_dim)."""
-    key: nn.Module
-    heads: int
-    key_heads: int
-    scale: float
-    query_norm: nn.Module | None = None
-    """What normalises each head before the rotary embedding."""
-    key_norm: nn.Module | None = None
-    softcap: float | None = None
-    """c where the logits become c tanh(logits / c)."""
-
-    def queries(self, x: Tensor) -> Tensor:
-        """The output of `query` as (batch, heads, length, head_dim), before the rotary embedding."""
-        return _heads(x, self.heads, self.query_norm)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """The output of `key` as (batch, key_heads, length, head_dim), before the rotary embedding."""
-        return _heads(x, self.key_heads, self.key_norm)
-
-
-def _heads(x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-    x = rearrange(x, "b n (h d) -> b n h d", h=heads)
-    return (x if norm is None else norm(x)).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class TowerStates:
-    """What the attention of one tower block runs on."""
-
-    query: Tensor
-    """(crops, heads, length, head_dim), after the rotary embedding where there is one."""
-    key: Tensor
-    scale: float
-    valid: Tensor | None = None
-    """(crops, length) bool, False where a crop has fewer patches than the largest one; None where all are patches."""
+from vtc.need import Need
+from vtc.view import View
 
 
 @dataclass(frozen=True)
@@ -80,48 +32,6 @@ class Tower:
 
     def states(self, layer: int, record: dict[str, Any]) -> TowerStates:
         return self.adapter.tower_states(self.adapter.tower_blocks()[layer], record, self.call)
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something to be seen of block `layer`, of the vision tower or of the decoder."""
-
-    layer: int
-
-    tower: ClassVar[bool] = False
-
-    @property
-    def before(self) -> int:
-        """The decoder layer before which the row is made; the tokens must not have changed since it was observed."""
-        return self.layer + 1
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        """The modules to hook, by the names under which `record` will hold their outputs.
-
-        Raises ValueError where the model has no such thing.
-        """
-        raise NotImplementedError
-
-    def hooks(self, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hook the modules, so that `recording` gets their outputs."""
-
-        def keep(name: str):
-            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-                if (record := recording.get()) is not None:
-                    record.setdefault(self, {})[name] = output
-
-            return hook
-
-        return [module.register_forward_hook(keep(name)) for name, module in self.modules(adapter).items()]
-
-    def row(self, record: dict[str, Tensor], context: Tower | Forward) -> Tensor:
-        """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder."""
-        raise NotImplementedError
-
-
-Record = dict[Need, dict[str, Any]]
-recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
-"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +139,10 @@ class LastTokenRow(Need):
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {"query": attention.query, "key": attention.key}
 
-    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        last = forward.last_positions()
-        rows = forward.rows_of(self.layer, gather(record["query"], last), record["key"], last)
-        return forward.columns(rows[:, :, 0])
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        last = view.last_positions()
+        rows = view.rows(self.layer, gather(record["query"], last), record["key"], last)
+        return view.of_tokens(rows[:, :, 0])
 
 
 @dataclass(frozen=True)
@@ -253,18 +163,18 @@ class TextRow(Need):
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {} if self.ahead else {"query": attention.query, "key": attention.key}
 
-    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        positions, asks = forward.text_after_images()
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        positions, asks = view.text_after_images()
         if self.ahead:
-            layer = forward.compression.adapter.layers[self.layer]
-            attention = forward.compression.adapter.decoder_attention(layer)
-            hidden = layer.input_layernorm(record["hidden"])
+            layer = view.adapter.layers[self.layer]
+            attention = view.adapter.decoder_attention(layer)
+            hidden = layer.input_layernorm(view.hidden)
             query, key = attention.query(gather(hidden, positions)), attention.key(hidden)
         else:
             query, key = gather(record["query"], positions), record["key"]
-        rows = forward.rows_of(self.layer, query, key, positions)
+        rows = view.rows(self.layer, query, key, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
-        return torch.einsum("iqn,iq->in", forward.columns(rows.mean(1)), weights)[:, None]
+        return torch.einsum("iqn,iq->in", view.of_tokens(rows.mean(1)), weights)[:, None]
 
 
 @dataclass(frozen=True)
@@ -278,14 +188,14 @@ class SelfLogits(Need):
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {"query": attention.query, "key": attention.key}
 
-    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        adapter, valid = forward.compression.adapter, forward.alive
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        adapter, valid = view.adapter, view.alive
         attention = adapter.decoder_attention(adapter.layers[self.layer])
 
         def visual(x: Tensor) -> Tensor:
-            rotated = adapter.rotate(x, *forward.rotary[self.layer]).float()
+            rotated = view.rotated(self.layer, x).float()
             return rearrange(
-                forward.columns(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
+                view.of_tokens(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
             )
 
         query, key = visual(attention.queries(record["query"])), visual(attention.keys(record["key"]))
@@ -305,77 +215,11 @@ class TokenTransition(Need):
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         return adapter.branches(adapter.layers[self.layer])
 
-    def row(self, record: dict[str, Tensor], forward: Forward) -> Tensor:
-        valid = forward.alive
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        valid = view.alive
         change = 0
         for module in ("attention", "feed-forward"):
             ratio, cosine = scores.change(record[f"{module} in"], record[f"{module} out"])
-            ratio, cosine = forward.columns(torch.stack((ratio, cosine), dim=1)).unbind(1)
+            ratio, cosine = view.of_tokens(torch.stack((ratio, cosine), dim=1)).unbind(1)
             change = change + scores.token_transition(ratio, cosine, valid)
         return change[:, None]
-
-
-@dataclass
-class Seen:
-    """What score and select functions get: the rows that the stage asked for, and which entries are tokens at all."""
-
-    rows: dict[Need, Tensor]
-    valid: Tensor
-    """(images, tokens) bool, False where an image has fewer tokens than the widest one."""
-    index: Tensor
-    """(images, tokens) int64: which patch of its image each token is, in raster order."""
-    parts: list[list[Part]]
-    """The grids of each image's tokens, in token order, before any token left: tiles, frames."""
-
-    def __getitem__(self, need: Need) -> Tensor:
-        """(images, channels, tokens) float32, over the tokens that are left."""
-        return self.rows[need]
-
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token in its own grid, both (images, tokens)."""
-        longest = max(sum(height * width for height, width in parts) for parts in self.parts)
-        table = torch.stack([_places(tuple(parts), longest) for parts in self.parts]).to(self.index.device)
-        row, column = table.gather(2, self.index[:, None].expand(-1, 2, -1)).unbind(1)
-        return row, column
-
-
-@lru_cache(maxsize=256)
-def _places(parts: tuple[Part, ...], length: int) -> Tensor:
-    """Row and column of each token of `parts`, (2, length), filled up with 0."""
-    grids = [torch.cartesian_prod(torch.arange(height), torch.arange(width)) for height, width in parts]
-    places = torch.cat(grids).T
-    return torch.nn.functional.pad(places, (0, length - places.shape[1]))
-
-
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    visible: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """softmax(q k^T * scale) of a few queries, in float32.
-
-    Args:
-        query: (batch, heads, queries, head_dim), after the rotary embedding.
-        key: (batch, key_heads, length, head_dim), after the rotary embedding; heads are grouped over key heads.
-        scale: factor on the logits, usually head_dim ** -0.5.
-        visible: (batch, queries or 1, length) bool, False where a query must not look.
-        bias: (batch, 1, 1, length), added to the logits of each key.
-        softcap: see `Attention`.
-
-    Returns:
-        (batch, heads, queries, length) float32.
-    """
-    queries = query.shape[2]
-    query = rearrange(query.float() * scale, "b (g r) q d -> b g (r q) d", g=key.shape[1])
-    logits = query @ key.float().transpose(-1, -2)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    logits = rearrange(logits, "b g (r q) n -> b (g r) q n", q=queries)
-    if bias is not None:
-        logits = logits + bias
-    if visible is not None:
-        logits = logits.masked_fill(~visible[:, None], -torch.inf)
-    return logits.softmax(-1)

@@ -7,26 +7,12 @@ than the widest one; `keep` (images,) int64, the number that stays of each image
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from vtc.observe import Part, Seen
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which tokens stay, and what becomes of the others."""
-
-    keep: Tensor
-    """(images, tokens) bool."""
-    into: Tensor | None = None
-    """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
-    gate: Tensor | None = None
-    """(images, tokens) in (0, 1), in training: nothing leaves, and log(gate) biases the tokens as keys from here on."""
+from vtc.choice import Seen, Selection
+from vtc.grids import evenly_spaced, shares
 
 
 def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
@@ -57,23 +43,3 @@ def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
     return Selection(picked)
-
-
-def shares(parts: Sequence[Part], count: int) -> list[tuple[int, int, int]]:
-    """Where each grid starts and ends among an image's tokens, and how many of `count` are its own, by its size."""
-    ends = list(accumulate((height * width for height, width in parts), initial=0))
-    filled = [count * end // ends[-1] for end in ends]
-    return [(*span, after - before) for span, (before, after) in zip(pairwise(ends), pairwise(filled), strict=True)]
-
-
-def evenly_spaced(height: int, width: int, count: int) -> list[int]:
-    """Raster indices of `count` cells of a height x width grid: evenly spaced rows, each with evenly spaced cells."""
-    if count == 0:
-        return []
-    rows = min(height, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
-    ends = [count * row // rows for row in range(rows + 1)]
-    cells = []
-    for row, (start, end) in enumerate(pairwise(ends)):
-        y = (2 * row + 1) * height // (2 * rows)
-        cells += [y * width + (2 * cell + 1) * width // (2 * (end - start)) for cell in range(end - start)]
-    return cells

@@ -18,7 +18,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vtc import select
-from vtc.observe import Need, Seen
+from vtc.choice import Seen, Selection
+from vtc.need import Need
 
 Budget = int | float
 """Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""
@@ -63,7 +64,7 @@ class Stage:
     layer: int
     score: Callable[[Seen], Tensor]
     needs: tuple[Need, ...] = ()
-    select: Callable[[Tensor, Seen, Tensor], select.Selection] = field(default=select.top_k)
+    select: Callable[[Tensor, Seen, Tensor], Selection] = field(default=select.top_k)
     contiguous: bool = False
     """Whether survivors are renumbered without gaps, at the encoder site only; some papers do it and lose grounding."""
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vtc import compact, merge
 from vtc.adapter import Adapter
-from vtc.observe import Need, Tower, recording
+from vtc.need import Need, recording
+from vtc.observe import Tower
 
 
 def matches(key: Tensor, count: int, protected: int) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vtc.observe import Part
+from vtc.clock import Clock
+from vtc.grids import Grid
 
 
 @dataclass
@@ -44,10 +42,10 @@ class Trace:
     """The batch row of each image."""
     sizes: list[int] = field(default_factory=list)
     """Visual tokens of each image or video."""
-    parts: list[list[Part]] = field(default_factory=list)
+    parts: list[list[Grid]] = field(default_factory=list)
     """The grids that they form, (height, width) each, in token order: a whole image, or tiles, or frames."""
     stages: list[StageTrace] = field(default_factory=list)
-    clock: Clock = field(default_factory=lambda: Clock())
+    clock: Clock = field(default_factory=Clock)
 
     def alive(self, layer: int) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""
@@ -114,44 +112,3 @@ class Trace:
             before[row] += size
         empty = torch.empty(0, dtype=torch.long if offset else torch.float32)
         return [torch.cat(parts) if parts else empty for parts in rows]
-
-
-class Clock:
-    """Adds up seconds by name; on a GPU through events, so that nothing waits for the device until it is read."""
-
-    def __init__(self):
-        self.spans: list[tuple[str, object, object]] = []
-
-    def __deepcopy__(self, memo: dict) -> Clock:
-        """For a copied cache: what has passed is common to both, and events of a GPU cannot be copied."""
-        clock = Clock()
-        clock.spans = list(self.spans)
-        return clock
-
-    @staticmethod
-    def now(device: torch.device) -> object:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def add(self, name: str, start: object, device: torch.device) -> None:
-        self.spans.append((name, start, self.now(device)))
-
-    @contextmanager
-    def span(self, name: str, device: torch.device) -> Iterator[None]:
-        start = self.now(device)
-        yield
-        self.add(name, start, device)
-
-    def seconds(self) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for name, start, end in self.spans:
-            if isinstance(start, float):
-                passed = end - start
-            else:
-                end.synchronize()
-                passed = start.elapsed_time(end) / 1000
-            totals[name] = totals.get(name, 0.0) + passed
-        return totals

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtc import scores
-from vtc.observe import Seen, SelfLogits, TextRow
-from vtc.select import Selection
+from vtc.choice import Seen, Selection
+from vtc.observe import SelfLogits, TextRow
 from vtc.stage import Budget, BudgetError, Method, Shape, Stage
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.observe import Seen
+from vtc.choice import Seen
 from vtc.stage import Method, Shape, Stage
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import scores
-from vtc.observe import Seen, TextRow, TokenTransition
+from vtc.choice import Seen
+from vtc.observe import TextRow, TokenTransition
 from vtc.stage import Method, Shape, Stage
 
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import merge, select
-from vtc.observe import PatchEntropy, RelevantAttention, Seen
+from vtc.choice import Seen
+from vtc.observe import PatchEntropy, RelevantAttention
 from vtc.stage import Method, Shape, Stage
 
 

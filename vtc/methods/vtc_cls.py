@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtc import scores, select
-from vtc.observe import ClsRow, ReceivedAttention, Seen
+from vtc.choice import Seen
+from vtc.observe import ClsRow, ReceivedAttention
 from vtc.stage import Method, Shape, Stage
 
 

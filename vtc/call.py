@@ -1,0 +1,62 @@
+"""What the backbone was called with, and what of it a forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc import held
+from vtc.clock import Moment
+from vtc.features import Encoding
+from vtc.need import Record
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the backbone."""
+
+    inputs: dict[str, Any]
+    """Its keyword arguments."""
+    modalities: dict[str, Tensor]
+    """(batch, length) bool for each modality: its placeholders."""
+    encodings: dict[str, tuple[Encoding | None, int]] = field(default_factory=dict)
+    """By modality what the tower showed, and how many features the encoder's output holds."""
+    ahead: int = 0
+    """Tokens at the end that do not belong to the prompt: guesses in assisted generation, or an answer to be rated."""
+    record: Record = field(default_factory=dict)
+    """What the hooks on the decoder have written."""
+    late: list[Tensor] = field(default_factory=list)
+    """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
+    started: Moment = 0.0
+
+    def encoded(self, device: torch.device) -> Iterator[tuple[Encoding | None, int, Tensor]]:
+        """Encoding, features and places of each modality that there is."""
+        for modality, (encoding, entries) in self.encodings.items():
+            yield encoding, entries, self.modalities[modality].to(device)
+
+    def mask(self, kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+        """The (batch, cached + current) mask. A family that makes its own masks out of it got it one call earlier."""
+        given = self.inputs.get("attention_mask")
+        for mask in (kwargs.get("attention_mask"), given):
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                return mask
+        if not held.is_static(cache) or cache.get_seq_length():
+            return None
+        # generate() prepares masks ahead for static caches: the last token of a prompt sees all that is real
+        given = given.get("full_attention") if isinstance(given, dict) else given
+        if given is None:
+            return None
+        row = given[:, 0, -1, : kwargs["inputs_embeds"].shape[1]]
+        return row if row.dtype == torch.bool else row == 0
+
+    def check(self, cache: Any, windows: bool) -> None:
+        """Raise ValueError for what cannot be pruned exactly; `windows`: whether any layer's window hides anything."""
+        given, static = self.inputs.get("attention_mask"), held.is_static(cache)
+        if isinstance(given, Tensor) and given.ndim != 2 and not static:
+            raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+        if static and windows:
+            raise ValueError("a static cache cannot hold a pruned prompt beyond a sliding window: use a DynamicCache")

@@ -1,0 +1,46 @@
+"""The grids that visual tokens form: where each token is, which cells are evenly spaced, how a number is shared out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+"""(height, width) of a grid of visual tokens: a whole image, a tile, or a frame."""
+
+
+def cells(grids: Sequence[Grid]) -> int:
+    """How many tokens `grids` have."""
+    return sum(height * width for height, width in grids)
+
+
+@lru_cache(maxsize=256)
+def places(grids: tuple[Grid, ...], length: int) -> Tensor:
+    """Row and column of each token in its own one of `grids`, in token order: (2, length) int64, filled up with 0."""
+    found = torch.cat([torch.cartesian_prod(torch.arange(high), torch.arange(wide)) for high, wide in grids]).T
+    return torch.nn.functional.pad(found, (0, length - found.shape[1]))
+
+
+def shares(grids: Sequence[Grid], count: int) -> list[tuple[int, int, int]]:
+    """Where each grid starts and ends among an image's tokens, and how many of `count` are its own, by its size."""
+    ends = list(accumulate((height * width for height, width in grids), initial=0))
+    filled = [count * end // ends[-1] for end in ends]
+    return [(*range_, after - before) for range_, (before, after) in zip(pairwise(ends), pairwise(filled), strict=True)]
+
+
+def evenly_spaced(height: int, width: int, count: int) -> list[int]:
+    """Raster indices of `count` cells of a height x width grid: evenly spaced rows, each with evenly spaced cells."""
+    if count == 0:
+        return []
+    rows = min(height, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
+    ends = [count * row // rows for row in range(rows + 1)]
+    found = []
+    for row, (start, end) in enumerate(pairwise(ends)):
+        y = (2 * row + 1) * height // (2 * rows)
+        found += [y * width + (2 * cell + 1) * width // (2 * (end - start)) for cell in range(end - start)]
+    return found

@@ -1,0 +1,151 @@
+"""What a cache holds, by column. This is the only room that touches a cache object.
+
+Between calls the state lies on the cache, so that generations interleave, copies of a cache go their own ways, and
+beams, selected rows, crops and resets take it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache as memoised
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.columns import Columns
+from vtc.compact import Plan, gather
+from vtc.trace import Trace
+
+
+@dataclass(frozen=True)
+class Held:
+    """How long the sequence truly is, and what each decoder layer holds of it."""
+
+    seen: int
+    """Columns so far."""
+    layers: tuple[Columns, ...]
+    """The keys of each decoder layer; layers that hold the same share one object."""
+    trace: Trace = field(default_factory=Trace)
+    shift: Tensor | None = None
+    """(batch, 1): how far later positions move down, where survivors were renumbered without gaps."""
+    tail: int = 0
+    """How many keys at the end are the same tokens in every layer, so that a crop may take them back."""
+
+    @classmethod
+    def by(cls, cache: Any, depth: int, batch: int, real: Tensor | None, device: torch.device) -> Held:
+        """What a cache holds (None: nothing). One that vtc has not seen yet holds all; `real` (batch, columns) bool.
+
+        Raises RuntimeError where it was cropped by more than the text at its end: layers differ before that.
+        """
+        if (state := getattr(cache, "vtc", None)) is not None:
+            return state._as_cropped(int(held_length(cache)))
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
+
+    def _as_cropped(self, held: int) -> Held:
+        count = self.layers[0].length - held
+        if not 0 <= count <= self.tail:
+            raise RuntimeError(
+                f"the cache holds {held} keys in layer 0 where vtc left {self.layers[0].length}: a pruned cache can be "
+                f"cropped by the {self.tail} tokens of text at its end only; start again from the prompt"
+            )
+        return replace(
+            self, seen=self.seen - count, layers=self._each(lambda x: x.cropped(count)), tail=self.tail - count
+        )
+
+    def _each(self, change: Callable[[Columns], Columns]) -> tuple[Columns, ...]:
+        changed = {id(columns): change(columns) for columns in self.layers}
+        return tuple(changed[id(columns)] for columns in self.layers)
+
+    def rows(self, index: Tensor) -> Held:
+        """Of other rows of the batch."""
+        shift = None if self.shift is None else self.shift[index.to(self.shift.device)]
+        return replace(self, layers=self._each(lambda columns: columns.rows(index)), shift=shift)
+
+    def attach(self, cache: Any) -> None:
+        """Leave the state on the cache, for the next call."""
+        if not isinstance(cache, HeldCache):
+            cache.__class__ = _held(type(cache))
+        cache.vtc = self
+
+
+class HeldCache:
+    """What a cache learns when it holds a pruned prompt.
+
+    generate() slices the next turn by the length of layer 0: once tokens left before it, that must still be the true
+    length, while masks are sized by what the layer holds.
+    """
+
+    vtc: Held
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        held = held_length(self, layer_idx)
+        return held if layer_idx else self.vtc.seen - (self.vtc.layers[0].length - int(held))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return held_length(self, layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.vtc = self.vtc.rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.vtc = self.vtc.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(len(self.vtc.layers[0].place))
+        self.vtc = self.vtc.rows(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()
+        del self.vtc
+        self.__class__ = type(self).__mro__[2]
+
+
+@memoised
+def _held(kind: type) -> type:
+    return type(kind.__name__, (HeldCache, kind), {})
+
+
+def held_length(cache: Any, layer: int = 0) -> int:
+    """How many keys a layer of a cache has taken in and not lost by a crop; also those beyond a sliding window."""
+    return cache.layers[layer].get_seq_length() if layer < len(cache.layers) else 0
+
+
+def is_static(cache: Any) -> bool:
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def sizes(cache: Any, layer: int, new: int) -> tuple[int, int]:
+    """How many keys a layer's kernel is handed with `new` more of them, and the number of the first one."""
+    return (new, 0) if cache is None else cache.get_mask_sizes(new, layer)
+
+
+def keys(cache: Any, layer: int, count: int) -> Tensor:
+    """The first `count` keys of a layer: (batch, key_heads, count, head_dim). Raises ValueError where it has not."""
+    held = cache.layers[layer]
+    if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
+        raise ValueError(
+            f"{type(held).__name__} does not hold all past keys as they were, and this method looks at them: "
+            "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
+        )
+    return held.keys[:, :, :count]
+
+
+def narrow(cache: Any, layer: int, plan: Plan) -> None:
+    """Leave a layer the keys and values of a plan over (batch, length) or (batch * key_heads, length).
+
+    Raises ValueError for layers that cannot give any back: those of a fixed size, quantised, or with a window.
+    """
+    held = cache.layers[layer]
+    if type(held).__name__ != "DynamicLayer":
+        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {type(held).__name__}")
+    batch, heads = held.keys.shape[:2]
+    index = plan.index.view(batch, -1, plan.index.shape[1]).expand(-1, heads, -1).flatten(0, 1)
+    held.keys, held.values = (
+        gather(x.flatten(0, 1), index).unflatten(0, (batch, heads)) for x in (held.keys, held.values)
+    )

@@ -1,0 +1,55 @@
+"""Something to be seen of the running model. A need names modules, whose outputs hooks keep, and makes one row of them."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something to be seen of block `layer`, of the vision tower or of the decoder."""
+
+    layer: int
+
+    tower: ClassVar[bool] = False
+
+    @property
+    def before(self) -> int:
+        """The decoder layer before which the row is made; the tokens must not have changed since it was observed."""
+        return self.layer + 1
+
+    def modules(self, adapter: Any) -> dict[str, nn.Module]:
+        """The modules to hook, by the names under which `record` will hold their outputs.
+
+        Raises ValueError where the model has no such thing.
+        """
+        raise NotImplementedError
+
+    def hooks(self, adapter: Any) -> list[RemovableHandle]:
+        """Hook the modules, so that `recording` gets their outputs."""
+
+        def keep(name: str):
+            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+                if (record := recording.get()) is not None:
+                    record.setdefault(self, {})[name] = output
+
+            return hook
+
+        return [module.register_forward_hook(keep(name)) for name, module in self.modules(adapter).items()]
+
+    def row(self, record: dict[str, Any], context: Any) -> Tensor:
+        """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder.
+
+        `context` is the `Tower` of the one, the `View` of the other.
+        """
+        raise NotImplementedError
+
+
+Record = dict[Need, dict[str, Any]]
+recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
+"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
