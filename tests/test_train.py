@@ -70,7 +70,7 @@ def test_atp_training_resumes_as_if_it_had_never_stopped(checkpoint, tmp_path, m
 def test_soft_tokens_count_as_the_trace_does(checkpoint):
     """Hard gates make the soft count the layer average of the trace."""
     reader = load(str(checkpoint), "cpu")
-    inputs = atp._batch(reader, recipe(checkpoint), 0)
+    inputs, _ = atp._batch(reader, recipe(checkpoint), 0)
     torch.manual_seed(0)
     method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
     with torch.no_grad():
@@ -80,6 +80,25 @@ def test_soft_tokens_count_as_the_trace_does(checkpoint):
         with vtc.compressed(reader.model, replace(method, modules=method.modules.eval())) as hard:
             reader.model(**inputs)
     assert average.item() == pytest.approx(hard.average_tokens.mean().item() / 16, abs=1e-4)
+
+
+def test_atp_trains_on_the_gates_of_the_question_alone(checkpoint, monkeypatch):
+    """The answers that the loss is of do not change what the modules see."""
+    reader, seen, soft_tokens = load(str(checkpoint), "cpu"), [], atp.soft_tokens
+    inputs, answered = atp._batch(reader, recipe(checkpoint), 0)
+    del inputs["labels"]
+    question = {
+        name: x[:, :-answered] if name in ("input_ids", "attention_mask") else x for name, x in inputs.items()
+    }
+    torch.manual_seed(0)
+    method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
+    method.modules.train()
+    monkeypatch.setattr(atp, "soft_tokens", lambda trace: (seen.append(trace), soft_tokens(trace))[1])
+    atp._loss(reader, method, recipe(checkpoint), 0)
+    with vtc.compressed(reader.model, method) as trace:
+        reader.model(**question)
+    for trained, used in zip(seen[0].stages, trace.stages, strict=True):
+        torch.testing.assert_close(trained.gate, used.gate, atol=1e-5, rtol=1e-5)
 
 
 def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, tmp_path):

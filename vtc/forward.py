@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vtc.wrap import Compression
 
 current: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
+"""How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
 
 
 @dataclass

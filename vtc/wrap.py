@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import adapter as adapters
-from vtc.forward import Encoded, Encoding, Forward, current
+from vtc.forward import Encoded, Encoding, Forward, answering, current
 from vtc.methods import methods
 from vtc.observe import Tower, recording
 from vtc.stage import Budget, Method, check_budget
@@ -204,7 +204,7 @@ class Compression:
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         modalities = self._modalities(given.get("input_ids"), given.get("inputs_embeds"))
-        forward = Forward(self, given, modalities, ahead=max(asked.get() - 1, 0))
+        forward = Forward(self, given, modalities, ahead=max(asked.get() - 1, answering.get()))
         for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
             forward.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
         current.set(forward)
