@@ -20,7 +20,6 @@ from vtc.observe import Part, TowerStates
 @register
 class Idefics3(Adapter):
     model_types = ("idefics3", "smolvlm")
-    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
 
     @property
     def decoder(self) -> nn.Module:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from models import IMAGE, MEAN, STD, llava, prompt
 from oracle import attentions, top
+from PIL import Image
+from transformers import CLIPImageProcessor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
@@ -223,6 +225,44 @@ def test_vflowopt(models, seed, alpha):
         assert last == [first[second[i]] for i in third]
 
 
+def entropy_of(grey):
+    """Bits of a histogram of grey levels."""
+    counts = [grey.count(level) for level in set(grey)]
+    return -sum(n / len(grey) * math.log2(n / len(grey)) for n in counts)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_entropy_is_of_the_pixels_that_the_processor_was_given(cls, tmp_path):
+    """Whatever the checkpoint's own processor normalises by, and whichever tower reads it."""
+    processor = CLIPImageProcessor(
+        size={"height": 48, "width": 48},
+        do_center_crop=False,
+        do_resize=False,
+        image_mean=[0.1, 0.6, 0.9],
+        image_std=[0.7] * 3,
+    )
+    processor.save_pretrained(tmp_path)
+    model = llava(cls=cls)
+    model.config._name_or_path = str(tmp_path)
+    levels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = {**prompt(model), **processor(Image.fromarray(levels.numpy()), return_tensors="pt")}
+    with vtc.compressed(model, VFlowOpt(alpha=1000.0), 0.5) as trace:
+        model(**inputs)
+    means = levels.float().mean(2).round().int()
+    patches = [means[y : y + 8, x : x + 8].flatten().tolist() for y in range(0, 48, 8) for x in range(0, 48, 8)]
+    expected = 1000 * torch.tensor([entropy_of(patch) for patch in patches]).softmax(0)
+    torch.testing.assert_close(trace.scores(0)[0], expected, atol=1.0, rtol=0)
+
+
+def test_entropy_is_refused_where_the_processor_is_not_known(tmp_path):
+    for place in ("", str(tmp_path)):
+        model = llava()
+        model.config._name_or_path = place
+        with pytest.raises(ValueError, match=r"no image processor.*processor\.save_pretrained"):
+            vtc.wrap(model, VFlowOpt(alpha=0.1), 0.5)
+        vtc.wrap(model, VFlowOpt(alpha=0.0), 0.5)
+
+
 def test_vflowopt_without_a_relevant_patch_takes_all(models):
     inputs = prompt(models[0], (1,))
     trace, (tower, _) = kept_by(models, VFlowOpt(threshold=1e6, cell=0.5), 0.5, inputs)
@@ -349,7 +389,7 @@ def test_atp_saves_and_loads(tmp_path, models):
     assert again == method
     state = method.modules.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.modules.state_dict().items())
-    models[0].config._name_or_path = str(tmp_path)
+    before, models[0].config._name_or_path = models[0].config._name_or_path, str(tmp_path)
     try:
         for budget in (0.25, 9):
             found = vtc.wrap(models[0], "atp", budget).vtc.method
@@ -358,7 +398,7 @@ def test_atp_saves_and_loads(tmp_path, models):
             vtc.wrap(models[0], "atp", 0.5)
     finally:
         vtc.unwrap(models[0])
-        models[0].config._name_or_path = ""
+        models[0].config._name_or_path = before
 
 
 def test_random_depends_on_the_seed_alone(models):

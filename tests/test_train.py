@@ -87,9 +87,7 @@ def test_atp_trains_on_the_gates_of_the_question_alone(checkpoint, monkeypatch):
     reader, seen, soft_tokens = load(str(checkpoint), "cpu"), [], atp.soft_tokens
     inputs, answered = atp._batch(reader, recipe(checkpoint), 0)
     del inputs["labels"]
-    question = {
-        name: x[:, :-answered] if name in ("input_ids", "attention_mask") else x for name, x in inputs.items()
-    }
+    question = {name: x[:, :-answered] if name in ("input_ids", "attention_mask") else x for name, x in inputs.items()}
     torch.manual_seed(0)
     method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
     method.modules.train()
