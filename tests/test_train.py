@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from eval_fixtures import run_vtc, save_tiny
+from models import FAMILIES
 from PIL import Image
 
 import vtc
 from vtc.eval import atp, faithfulness, scenes, tune
-from vtc.eval.reader import load
+from vtc.eval.reader import Reader, load
 from vtc.methods.vflowopt import VFlowOpt
 
 
@@ -108,6 +109,14 @@ def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, t
     assert best != VFlowOpt()
     model = load(str(checkpoint), "cpu").model
     assert vtc.wrap(model, vtc.Method.from_json(tmp_path / "best.json"), 0.25).vtc.method == best
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_tune_searches_what_the_model_can_do(family, capsys):
+    reader = Reader(FAMILIES[family].model, None)
+    left_out = {"alpha"} if family.startswith("qwen") else set()
+    assert set(tune.searched(reader, VFlowOpt)) == set(VFlowOpt.space) - left_out
+    assert ("alpha stays as it is: this method looks at the pixels" in capsys.readouterr().err) is bool(left_out)
 
 
 @pytest.mark.parametrize(
