@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import vtc
+from vtc.call import answering
 from vtc.eval import scenes
 from vtc.eval.reader import Reader, load, model_path
 from vtc.methods.atp import Atp
@@ -111,9 +112,13 @@ def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) ->
 
 
 def _loss(reader: Reader, method: Atp, recipe: Recipe, step: int) -> tuple[Tensor, float]:
-    inputs = _batch(reader, recipe, step)
+    inputs, answered = _batch(reader, recipe, step)
     with vtc.compressed(reader.model, method) as trace:
-        answer = reader.model(**inputs).loss
+        token = answering.set(answered)  # the modules see the question alone, as when they are used
+        try:
+            answer = reader.model(**inputs).loss
+        finally:
+            answering.reset(token)
         average, late = soft_tokens(trace.record)
     excess = (average - recipe.budget).abs()
     return answer + recipe.lambda_atp * late + recipe.lambda_target * excess, average.item()
@@ -134,8 +139,8 @@ def soft_tokens(trace: Trace) -> tuple[Tensor, Tensor]:
     return average.mean(), late.mean()
 
 
-def _batch(reader: Reader, recipe: Recipe, step: int) -> dict[str, Tensor]:
-    """Questions of the training split with their answers; only answers are labelled."""
+def _batch(reader: Reader, recipe: Recipe, step: int) -> tuple[dict[str, Tensor], int]:
+    """Questions of the training split with their answers, of which alone are labels; and the columns of the answers."""
     first = step * recipe.batch_size
     examples = [scenes.example("train", recipe.seed, first + n) for n in range(recipe.batch_size)]
     prompts = reader.inputs([e.image for e in examples], [e.question for e in examples])
@@ -149,12 +154,13 @@ def _batch(reader: Reader, recipe: Recipe, step: int) -> dict[str, Tensor]:
     ).to(reader.device)
     mask = answers["attention_mask"]
     labels = answers["input_ids"].masked_fill(mask == 0, -100)
-    return {
+    inputs = {
         **prompts,
         "input_ids": torch.cat((prompts["input_ids"], answers["input_ids"]), dim=1),
         "attention_mask": torch.cat((prompts["attention_mask"], mask), dim=1),
         "labels": torch.cat((torch.full_like(prompts["input_ids"], -100), labels), dim=1),
     }
+    return inputs, mask.shape[1]
 
 
 def _save(out: Path, recipe: Recipe, modules, optimizer, step: int) -> None:

@@ -66,6 +66,7 @@ def summarise(groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]
             "agreement": float(np.mean([line["agrees"] for line in lines])),
             "n": len(lines),
             "reachable": reachable,
+            "at_floor": sum(line.get("at_floor", not reachable) for line in lines),
             "versus_random": None,
             "versus_random_low": None,
             "versus_random_high": None,
@@ -110,7 +111,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             end_section=following is not None and following["method"] not in (row["method"], "blind"),
         )
     if not all(row["reachable"] for row in rows):
-        grid.caption = "* below the method's floor on this model: run at the floor, see tokens"
+        some = [row for row in rows if 0 < row["at_floor"] < row["n"]]
+        which = "".join(f"\n{row['method']} at {written(row['budget'])}: {row['at_floor']} images" for row in some)
+        grid.caption = f"* below the method's floor on this model: run at the floor, see tokens{which}"
     return grid
 
 

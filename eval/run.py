@@ -15,7 +15,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass
 class Arm:
-    """A method at a budget. `spend` is the budget it runs at: the method's floor where `budget` is out of reach."""
+    """A method at a budget. `spend` is the budget it runs at: an image's floor where `budget` is out of reach."""
 
     method: str
     budget: int | float
@@ -83,8 +83,9 @@ class Store:
         for number, text in enumerate(complete.splitlines(), 1):
             try:
                 line = json.loads(text)
+                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
                 self.lines[_key(line)] = line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -125,9 +126,10 @@ def evaluate(
     with _progress(console, len(examples) * len(arms)) as tick:
         for batch in _batches(examples, settings.batch_size):
             _run_batch(reader, arms, batch, store, settings.suffix, tick)
-    groups = [
-        (arm.method, arm.budget, arm.reachable, [store.lines[arm.key(e.question_id)] for e in examples]) for arm in arms
-    ]
+    groups = []
+    for arm in arms:
+        lines = [store.lines[arm.key(example.question_id)] for example in examples]
+        groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
     rows = report.summarise(groups, settings.seed)
     write_json(out / "summary.json", rows)
     report.picture(rows, out / "curve.png", f"{settings.model}: accuracy over {len(examples)} questions of scenes")
@@ -135,19 +137,15 @@ def evaluate(
 
 
 def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
-    """All arms, the full and the blind model first; budgets out of reach are found by trying them on one question."""
+    """All arms, the full and the blind model first, each tried on one question."""
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
     inputs = reader.inputs([example.image], [example.question + settings.suffix])
     for method in dict.fromkeys(m for m in settings.methods if m not in report.ALWAYS):
         if method == SMALLER:
             _check_smaller(reader, inputs)
         for budget in dict.fromkeys(settings.budgets):
-            arm = Arm(method, budget, budget)
-            try:
-                _answer(reader, arm, inputs, max_new_tokens=1)
-            except vtc.BudgetError as error:
-                arm = Arm(method, budget, error.floor, reachable=False)
-            arms.append(arm)
+            arms.append(Arm(method, budget, budget))
+            list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
 
 
@@ -155,16 +153,39 @@ def _run_batch(reader: Reader, arms: list[Arm], batch: list[Example], store: Sto
     inputs = None
     for arm in arms:
         if any(arm.key(example.question_id) not in store.lines for example in batch):
-            inputs = inputs or reader.inputs([e.image for e in batch], [e.question + suffix for e in batch])
-            store.add(_lines(arm, batch, *_answer(reader, arm, inputs), store))
+            inputs = inputs or _inputs(reader, batch, suffix)
+            answers = _reached(reader, arm, batch, inputs, suffix)
+            store.add(list(_lines(answers, store)))
         tick(len(batch))
 
 
-def _lines(
-    arm: Arm, batch: list[Example], predictions: list[str], tokens: list[float], store: Store
-) -> Iterator[dict[str, Any]]:
+def _reached(
+    reader: Reader, arm: Arm, batch: list[Example], inputs: dict[str, Tensor], suffix: str
+) -> Iterator[tuple[Arm, Example, str, float]]:
+    """Each question with its prediction and its visual tokens, and the arm as it was run: at the image's floor where
+    the budget is out of reach, which depends on the image's size."""
+    try:
+        answers = _answer(reader, arm, inputs)
+    except vtc.BudgetError as error:
+        sizes = reader.visual_tokens(inputs).tolist()
+        if len(set(sizes)) == 1:
+            yield from _reached(reader, replace(arm, spend=error.floor, reachable=False), batch, inputs, suffix)
+            return
+        for size in sorted(set(sizes)):
+            alike = [example for example, tokens in zip(batch, sizes, strict=True) if tokens == size]
+            yield from _reached(reader, arm, alike, _inputs(reader, alike, suffix), suffix)
+        return
+    for example, *answer in zip(batch, *answers, strict=True):
+        yield arm, example, *answer
+
+
+def _inputs(reader: Reader, batch: list[Example], suffix: str) -> dict[str, Tensor]:
+    return reader.inputs([example.image for example in batch], [example.question + suffix for example in batch])
+
+
+def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store) -> Iterator[dict[str, Any]]:
     full = Arm("full", 1.0, 1.0)
-    for example, prediction, count in zip(batch, predictions, tokens, strict=True):
+    for arm, example, prediction, count in answers:
         reference = prediction if arm.method == "full" else store.lines[full.key(example.question_id)]["prediction"]
         yield {
             "question_id": example.question_id,
@@ -172,6 +193,7 @@ def _lines(
             "method": arm.method,
             "budget": arm.budget,
             "tokens": count,
+            "at_floor": not arm.reachable,
             "prediction": prediction,
             "answer": example.answer,
             "correct": report.is_correct(prediction, example.answer),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import vtc
@@ -52,6 +53,7 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
     if not kind.space:
         raise ValueError(f"{search.method} declares nothing to tune")
     reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
+    space = searched(reader, kind)
     batches = _batches(reader, search)
     full = [_last_states(reader, batch) for batch in batches]
 
@@ -63,7 +65,7 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
     def objective(trial: optuna.Trial) -> float:
         chosen = {
             name: (trial.suggest_int if isinstance(low, int) else trial.suggest_float)(name, low, high)
-            for name, (low, high) in kind.space.items()
+            for name, (low, high) in space.items()
         }
         try:
             return similarity(kind.tuned(chosen))
@@ -78,6 +80,18 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
     best, defaults = kind.tuned(study.best_params), similarity(kind())
     best.to_json(out)
     return best, study.best_value, defaults
+
+
+def searched(reader: Reader, kind: type[vtc.Method]) -> dict[str, tuple[float, float]]:
+    """What there is to search of a method's space on this model: without what the model refuses at any budget."""
+    space = {}
+    for name, limits in kind.space.items():
+        try:
+            with vtc.compressed(reader.model, kind.tuned({name: limits[0]}), 1.0):
+                space[name] = limits
+        except ValueError as error:
+            Console(stderr=True).print(f"{name} stays as it is: {error}", markup=False)
+    return space
 
 
 def _batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:

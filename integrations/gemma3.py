@@ -18,7 +18,6 @@ from vtc.adapter import Adapter, register
 @register
 class Gemma3(Adapter):
     model_types = ("gemma3",)
-    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
 
     def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
         types = inputs.get("token_type_ids")

@@ -21,7 +21,6 @@ from vtc.grids import Grid
 @register
 class Idefics3(Adapter):
     model_types = ("idefics3", "smolvlm")
-    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
 
     @property
     def decoder(self) -> nn.Module:

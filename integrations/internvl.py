@@ -20,7 +20,6 @@ from vtc.attention import Attention
 @register
 class InternVL(Adapter):
     model_types = ("internvl",)
-    pixel_mean, pixel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     joins_tiles = True
 
     def encoder_blocks(self) -> Sequence[nn.Module]:

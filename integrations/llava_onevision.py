@@ -18,7 +18,6 @@ from vtc.integrations.llava_next import LlavaNext
 @register
 class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
-    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
 
     def pool(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         pooled = self.backbone.apply_pooling(patches)

@@ -18,7 +18,6 @@ from vtc.adapter import Adapter, register
 class PaliGemma(Adapter):
     model_types = ("paligemma",)
     merges_patches = True
-    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
     window_cuts_blocks = False
 
     def blocks(self, inputs: dict[str, Any]) -> Tensor | None:

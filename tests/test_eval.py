@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from models import FAMILIES, batch, rows, visual
 from PIL import Image
+from rich.console import Console
 
 import vtc
 from vtc.eval import report, run, scenes
 from vtc.eval.images import MAX_PIXELS, open_image, overlay, seen_box
-from vtc.eval.reader import load, model_path
+from vtc.eval.reader import Reader, load, model_path
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
-LINE = {"question_id", "task", "method", "budget", "tokens", "prediction", "answer", "correct", "agrees"}
+LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
 
 
 # -- scoring and statistics -----------------------------------------------------------------------------------------
@@ -146,6 +148,43 @@ def test_a_budget_below_the_floor_is_run_at_the_floor_and_says_so(finished, tiny
     assert row["budget"] == 0.1
     assert row["tokens"] == pytest.approx(16 * error.value.floor)
     assert [key for key, row in rows.items() if not row["reachable"]] == [("fastv", "0.1")]
+    assert {key: row["at_floor"] for key, row in rows.items() if row["at_floor"]} == {("fastv", "0.1"): 6}
+
+
+def test_each_image_is_at_its_own_floor(monkeypatch, tmp_path):
+    """Images of three sizes and a budget that the smallest can be read with: the run goes on, and says how many not."""
+    model = FAMILIES["llava_next"].model
+
+    class Numbered(Reader):
+        def inputs(self, images, questions):
+            return batch(model, [row for image in images for row in rows(model, (1,), seed=image)])
+
+        def visual_tokens(self, inputs):
+            return visual(inputs["input_ids"]).sum(1)
+
+        def answers(self, inputs, max_new_tokens=None):
+            new = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, -2:]
+            return [" ".join(map(str, row)) for row in new.tolist()]
+
+    examples = [scenes.Example(str(image), "size", image, "what", "yes") for image in range(9)]
+    monkeypatch.setattr(run, "load", lambda *_: Numbered(model, None))
+    monkeypatch.setattr(scenes, "load", lambda **_: examples)
+    settings = run.Settings(methods=("fastv", "uniform"), budgets=(16,), batch_size=4, device="cpu")
+    summary = {row["method"]: row for row in run.evaluate(settings, tmp_path)}
+    sizes = [len(rows(model, (1,), seed=image)[0].items[0].ids) for image in range(3)]
+    floors = [(size + 5) / 6 for size in sizes]  # all in the first of 6 layers, then one
+    assert min(floors) < 16.5 < max(floors)
+    for line in read_lines(tmp_path):
+        floor = floors[int(line["question_id"]) % 3]
+        assert line["at_floor"] is (line["method"] == "fastv" and floor > 16.5)
+        if line["method"] in ("fastv", "uniform"):
+            assert line["tokens"] == pytest.approx(floor if line["at_floor"] else 16, abs=0.5)
+    below = 3 * sum(floor > 16.5 for floor in floors)
+    assert (summary["fastv"]["at_floor"], summary["fastv"]["reachable"]) == (below, False)
+    assert (summary["uniform"]["at_floor"], summary["uniform"]["reachable"]) == (0, True)
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(report.table(list(summary.values())))
+    assert f"fastv at 16: {below} images" in console.export_text()
 
 
 def test_agreement_is_with_the_full_model(finished):
@@ -201,8 +240,6 @@ def test_the_picture_marks_what_is_below_the_floor(finished, tmp_path):
 
 
 def test_the_table_fits_80_columns_and_marks_what_is_below_the_floor(finished):
-    from rich.console import Console
-
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(report.table(list(finished[1].values())))
     text = console.export_text()
@@ -243,6 +280,17 @@ def test_a_damaged_line_in_the_middle_is_an_error(finished, settings, tmp_path):
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
     with pytest.raises(ValueError, match="line 4"):
+        run.evaluate(settings, out)
+
+
+@pytest.mark.parametrize(
+    "damage", ["[" * 100_000, '{"a":' * 100_000, '{"method": "full", "budget": 1.0, "question_id": "x", "tokens": NaN}']
+)
+def test_lines_that_are_no_results_are_damage(finished, settings, tmp_path, damage):
+    out = copy_of(finished, tmp_path)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join([*lines[:3], damage + "\n", *lines[3:]]))
+    with pytest.raises(ValueError, match="damaged at line 4: start over with --restart"):
         run.evaluate(settings, out)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from models import IMAGE, MEAN, STD, llava, prompt
 from oracle import attentions, top
+from PIL import Image
+from transformers import CLIPImageProcessor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
@@ -18,11 +21,12 @@ from vtc.grids import evenly_spaced
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
-from vtc.stage import Shape
+from vtc.stage import Shape, average_tokens
 
 SEEDS = range(50)
 
@@ -223,6 +227,44 @@ def test_vflowopt(models, seed, alpha):
         assert last == [first[second[i]] for i in third]
 
 
+def entropy_of(grey):
+    """Bits of a histogram of grey levels."""
+    counts = [grey.count(level) for level in set(grey)]
+    return -sum(n / len(grey) * math.log2(n / len(grey)) for n in counts)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_entropy_is_of_the_pixels_that_the_processor_was_given(cls, tmp_path):
+    """Whatever the checkpoint's own processor normalises by, and whichever tower reads it."""
+    processor = CLIPImageProcessor(
+        size={"height": 48, "width": 48},
+        do_center_crop=False,
+        do_resize=False,
+        image_mean=[0.1, 0.6, 0.9],
+        image_std=[0.7] * 3,
+    )
+    processor.save_pretrained(tmp_path)
+    model = llava(cls=cls)
+    model.config._name_or_path = str(tmp_path)
+    levels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = {**prompt(model), **processor(Image.fromarray(levels.numpy()), return_tensors="pt")}
+    with vtc.compressed(model, VFlowOpt(alpha=1000.0), 0.5) as trace:
+        model(**inputs)
+    means = levels.float().mean(2).round().int()
+    patches = [means[y : y + 8, x : x + 8].flatten().tolist() for y in range(0, 48, 8) for x in range(0, 48, 8)]
+    expected = 1000 * torch.tensor([entropy_of(patch) for patch in patches]).softmax(0)
+    torch.testing.assert_close(trace.scores(0)[0], expected, atol=1.0, rtol=0)
+
+
+def test_entropy_is_refused_where_the_processor_is_not_known(tmp_path):
+    for place in ("", str(tmp_path)):
+        model = llava()
+        model.config._name_or_path = place
+        with pytest.raises(ValueError, match=r"no image processor.*processor\.save_pretrained"):
+            vtc.wrap(model, VFlowOpt(alpha=0.1), 0.5)
+        vtc.wrap(model, VFlowOpt(alpha=0.0), 0.5)
+
+
 def test_vflowopt_without_a_relevant_patch_takes_all(models):
     inputs = prompt(models[0], (1,))
     trace, (tower, _) = kept_by(models, VFlowOpt(threshold=1e6, cell=0.5), 0.5, inputs)
@@ -349,7 +391,7 @@ def test_atp_saves_and_loads(tmp_path, models):
     assert again == method
     state = method.modules.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.modules.state_dict().items())
-    models[0].config._name_or_path = str(tmp_path)
+    before, models[0].config._name_or_path = models[0].config._name_or_path, str(tmp_path)
     try:
         for budget in (0.25, 9):
             found = vtc.wrap(models[0], "atp", budget).vtc.method
@@ -358,7 +400,7 @@ def test_atp_saves_and_loads(tmp_path, models):
             vtc.wrap(models[0], "atp", 0.5)
     finally:
         vtc.unwrap(models[0])
-        models[0].config._name_or_path = ""
+        models[0].config._name_or_path = before
 
 
 def test_random_depends_on_the_seed_alone(models):
@@ -418,8 +460,6 @@ def test_paper_layers_scale_with_the_depth():
 
 def test_published_budgets():
     """FastV K=2 R=50 % averages 306 of 576 tokens over 32 layers, R=75 % 171 (METHODS.md B1)."""
-    from vtc.stage import average_tokens
-
     shape = Shape(32, 23)
     for ratio, published in ((0.5, 306), (0.75, 171)):
         kept = FastV(ratio=ratio).keep(576, None, shape)
@@ -447,8 +487,58 @@ def test_every_schedule_meets_its_budget_or_says_that_it_cannot(seed):
                 method.keep(tokens, budget, shape)
             continue
         kept = method.keep(tokens, budget, shape)
-        assert vtc.stage.average_tokens(tokens, kept, (0, *layers), 32) == pytest.approx(budget * tokens, abs=1.5)
+        assert average_tokens(tokens, kept, (0, *layers), 32) == pytest.approx(budget * tokens, abs=1.5)
         assert list(kept) == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
+    """All methods, shapes, images from one token on: stages round by half a token, and one token has to stay."""
+    rng = random.Random(seed)
+    for _ in range(40):
+        shape = Shape(rng.randint(4, 40), 23)
+        layers = sorted(rng.sample(range(1, shape.decoder_layers), 3))
+        shares = tuple(rng.choice((1.0, 0.9, 0.01, rng.random())) for _ in range(3))
+        method = rng.choice(
+            [
+                *(kind() for name, kind in vtc.methods().items() if name != "atp"),
+                FastV(layer=layers[0], ratio=shares[0]),
+                TransPrune(layers=tuple(layers), keep_ratios=shares),
+                VFlowOpt(layers=tuple(layers[:2]), retain=shares),
+                ToMe(share=0.5),
+            ]
+        )
+        tokens = rng.choice((1, 2, 3, 5, 36, 144, 576, 2880))
+        budget = rng.choice((rng.random(), 0.5, 0.01, 1.0, rng.randint(1, tokens)))
+        wanted = max(1, budget * tokens) if isinstance(budget, float) else budget
+        stages = tuple(stage.layer for stage in method.bind(None, budget, tokens).stages(shape))
+
+        def average(budget, method=method, tokens=tokens, shape=shape, stages=stages):
+            return average_tokens(tokens, method.keep(tokens, budget, shape), stages, shape.decoder_layers)
+
+        refusal = None
+        try:
+            reached = average(budget)
+        except vtc.BudgetError as error:
+            refusal = error
+        if refusal is None:
+            assert reached == pytest.approx(wanted, abs=0.5 + 1e-9)
+            continue
+        named = float(re.search(r"\(([0-9.]+) to 1\.0 of the image\)", str(refusal))[1])
+        assert wanted < refusal.floor * tokens - 0.5
+        assert average(refusal.floor) == pytest.approx(refusal.floor * tokens)
+        assert refusal.floor <= named
+        assert average(named) == pytest.approx(named * tokens, abs=0.5)
+
+
+def test_an_image_of_one_token_is_kept():
+    for kind in (Random, VtcCls, FastV, TransPrune, VFlowOpt):
+        for budget in (0.01, 0.25, 1, 1.0, 64):
+            assert set(kind().keep(1, budget, Shape(32, 23))) == {1}
+    assert Random().keep(1, 0, Shape(32, 23)) == (0,)
+    with pytest.raises(vtc.BudgetError, match="cannot reach 0 of 1 visual tokens") as error:
+        FastV().keep(1, 0, Shape(32, 23))
+    assert error.value.floor == 1
 
 
 def test_tuned_methods_survive_json(tmp_path):

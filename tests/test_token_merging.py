@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import FAMILIES, llava, prompt
+from models import FAMILIES, Row, batch, counted, llava, pixels, prompt
 
 import vtc
 from vtc.methods.tome import ToMe
@@ -82,8 +82,8 @@ def test_the_tower_is_that_of_loops(cls, attn):
         features = model.base_model.get_image_features(inputs["pixel_values"]).pooler_output
         model(**inputs)
     kept = trace.kept()[0].tolist()
-    for image, pixels in enumerate(inputs["pixel_values"]):
-        states, groups = slow_tower(model, pixels, 0.25)
+    for image, crop in enumerate(inputs["pixel_values"]):
+        states, groups = slow_tower(model, crop, 0.25)
         expected = model.base_model.multi_modal_projector(states)
         torch.testing.assert_close(features[image], expected, atol=1e-4, rtol=1e-4)
         assert [place - 36 * image for place in kept if place // 36 == image] == sorted(map(min, groups))
@@ -120,6 +120,56 @@ def test_other_towers_of_patches(family):
         assert trace.average_tokens.tolist() == [round(sizes[0] / 2), sum(round(size / 2) for size in sizes[1:])]
 
 
+def weights_of_patches(adapter, call, crops):
+    """What each patch adds to each visual token of an image: (crops, patches, tokens), one patch at a time."""
+    bare = torch.zeros(crops, 36, 1)
+    start = adapter.pack(bare, call)[0][:, 0]
+    weights = torch.zeros(crops, 36, len(start))
+    for crop in range(crops):
+        for patch in range(36):
+            one = bare.clone()
+            one[crop, patch] = 1
+            weights[crop, patch] = adapter.pack(one, call)[0][:, 0] - start
+    return weights
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("size", [(20, 90), (90, 20), (70, 96)])
+@torch.no_grad()
+def test_no_group_is_lost_with_the_padding(family, size):
+    """A group of an anyres tile sits at its first patch that unpadding leaves in; OneVision scales the last."""
+    model = FAMILIES[family].model
+    adapter, generator = vtc.adapter.find(model), torch.Generator().manual_seed(0)
+    call = {"image_sizes": torch.tensor([size])}
+    crops = adapter.tiles(call)[0]
+    image = counted(model, {"tiles": pixels(generator, crops, size=48), **call})
+    inputs = batch(model, [Row([1, *image.ids, 7, 8], [image])])
+    weights = weights_of_patches(adapter, call, crops)
+    assert (weights.sum(-1) == 0).any()  # something is cut away
+    sizes = torch.zeros(crops, 36, 1)
+    for crop, tile in enumerate(inputs["pixel_values"][0]):
+        for group in slow_tower(model, tile, 0.4)[1]:
+            visible = [place for place in group if weights[crop, place].any()]
+            sizes[crop, visible[0] if visible else group[0]] = len(group)
+    with vtc.compressed(model, "tome", 0.4) as trace:
+        model(**inputs)
+    torch.testing.assert_close(trace.scores()[0], adapter.pack(sizes, call)[0][:, 0])
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@torch.no_grad()
+def test_a_full_budget_merges_nothing_whatever_the_share(family):
+    model = FAMILIES[family].model
+    inputs = prompt(model, (1, 2))
+    plain = model(**inputs).logits
+    for budget in (1.0, 36) if family == "llava" else (1.0,):
+        assert torch.equal(vtc.wrap(model, ToMe(share=0.5), budget)(**inputs).logits, plain)
+    vtc.wrap(model, ToMe(share=0.5), 0.75)(**inputs)
+    if family == "llava":  # merges as far as the budget asks, and no further
+        assert [int((sizes > 0).sum()) for sizes in model.vtc.trace.scores()] == [27, 54]
+    vtc.unwrap(model)
+
+
 @pytest.mark.parametrize("family", ["vipllava", "qwen2_5_vl", "gemma3", "internvl", "idefics3"])
 def test_towers_that_cannot_merge_say_so(family):
     with pytest.raises(ValueError, match="where each patch becomes a visual token"):
@@ -132,6 +182,8 @@ def test_early_errors(monkeypatch):
         vtc.wrap(llava(), "tome")
     with pytest.raises(ValueError, match="give tome a fraction, not 64 tokens"):
         vtc.wrap(FAMILIES["llava_next"].model, "tome", 64)
+    with pytest.raises(ValueError, match="give tome a fraction, not 64 tokens"):
+        vtc.wrap(FAMILIES["llava_next"].model, ToMe(share=0.5), 64)
     model = llava()
     monkeypatch.setattr(model.base_model.vision_tower.config, "_attn_implementation", "flash_attention_2")
     with pytest.raises(ValueError, match="flash_attention_2 cannot do"):

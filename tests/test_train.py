@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from eval_fixtures import run_vtc, save_tiny
+from models import FAMILIES
 from PIL import Image
 
 import vtc
 from vtc.eval import atp, faithfulness, scenes, tune
-from vtc.eval.reader import load
+from vtc.eval.reader import Reader, load
 from vtc.methods.vflowopt import VFlowOpt
 
 
@@ -70,7 +71,7 @@ def test_atp_training_resumes_as_if_it_had_never_stopped(checkpoint, tmp_path, m
 def test_soft_tokens_count_as_the_trace_does(checkpoint):
     """Hard gates make the soft count the layer average of the trace."""
     reader = load(str(checkpoint), "cpu")
-    inputs = atp._batch(reader, recipe(checkpoint), 0)
+    inputs, _ = atp._batch(reader, recipe(checkpoint), 0)
     torch.manual_seed(0)
     method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
     with torch.no_grad():
@@ -82,6 +83,23 @@ def test_soft_tokens_count_as_the_trace_does(checkpoint):
     assert average.item() == pytest.approx(hard.average_tokens.mean().item() / 16, abs=1e-4)
 
 
+def test_atp_trains_on_the_gates_of_the_question_alone(checkpoint, monkeypatch):
+    """The answers that the loss is of do not change what the modules see."""
+    reader, seen, soft_tokens = load(str(checkpoint), "cpu"), [], atp.soft_tokens
+    inputs, answered = atp._batch(reader, recipe(checkpoint), 0)
+    del inputs["labels"]
+    question = {name: x[:, :-answered] if name in ("input_ids", "attention_mask") else x for name, x in inputs.items()}
+    torch.manual_seed(0)
+    method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
+    method.modules.train()
+    monkeypatch.setattr(atp, "soft_tokens", lambda trace: (seen.append(trace), soft_tokens(trace))[1])
+    atp._loss(reader, method, recipe(checkpoint), 0)
+    with vtc.compressed(reader.model, method) as trace:
+        reader.model(**question)
+    for trained, used in zip(seen[0].stages, trace.stages, strict=True):
+        torch.testing.assert_close(trained.gate, used.gate, atol=1e-5, rtol=1e-5)
+
+
 def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, tmp_path):
     for number in range(5):
         Image.effect_noise((40, 40), 90 + number).convert("RGB").save(tmp_path / f"{number}.png")
@@ -91,6 +109,14 @@ def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, t
     assert best != VFlowOpt()
     model = load(str(checkpoint), "cpu").model
     assert vtc.wrap(model, vtc.Method.from_json(tmp_path / "best.json"), 0.25).vtc.method == best
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_tune_searches_what_the_model_can_do(family, capsys):
+    reader = Reader(FAMILIES[family].model, None)
+    left_out = {"alpha"} if family.startswith("qwen") else set()
+    assert set(tune.searched(reader, VFlowOpt)) == set(VFlowOpt.space) - left_out
+    assert ("alpha stays as it is: this method looks at the pixels" in capsys.readouterr().err) is bool(left_out)
 
 
 @pytest.mark.parametrize(

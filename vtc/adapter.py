@@ -6,6 +6,7 @@ What stands here is right for a tower like CLIP's or SigLIP's before a decoder l
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from vtc.attention import Attention, TowerStates
 from vtc.grids import Grid
@@ -27,9 +29,6 @@ class Adapter:
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of `config.model_type` that this adapter serves."""
-    pixel_mean: ClassVar[tuple[float, ...]] = (0.48145466, 0.4578275, 0.40821073)
-    pixel_std: ClassVar[tuple[float, ...]] = (0.26862954, 0.26130258, 0.27577711)
-    """What the image processor normalises by."""
     has_pixels: ClassVar[bool] = True
     """Whether `pixels` can tell the pixels of each patch."""
     joins_tiles: ClassVar[bool] = False
@@ -179,6 +178,15 @@ class Adapter:
         """The pixels of the tower's patches: (crops, patches, channels, pixels)."""
         pixels, size = call["pixel_values"], self.patch_size()
         return rearrange(pixels, "i c (h p) (w q) -> i (h w) c (p q)", p=size, q=size)
+
+    @functools.cached_property
+    def image_processor(self) -> Any | None:
+        """The image processor that lies beside the model's checkpoint; None where there is none on this machine."""
+        checkpoint = getattr(self.model.config, "_name_or_path", "")
+        try:
+            return AutoImageProcessor.from_pretrained(checkpoint, local_files_only=True) if checkpoint else None
+        except (OSError, ValueError, ImportError):
+            return None
 
     def patch_size(self) -> int:
         """Pixels on the side of the tower's patches."""

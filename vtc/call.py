@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from vtc import held
 from vtc.clock import Moment
 from vtc.features import Encoding
 from vtc.need import Record
+
+answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
+"""How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
 
 
 @dataclass(eq=False)

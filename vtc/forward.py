@@ -31,6 +31,8 @@ from vtc.view import Tables, View
 from vtc.visibility import Visibility
 
 current: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
+"""How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
 
 
 class Shared:

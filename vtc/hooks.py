@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.call import Call
+from vtc.call import Call, answering
 from vtc.clock import Clock
 from vtc.compression import Compression
 from vtc.features import Encoded, Encoding
@@ -108,7 +108,7 @@ def _ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _enter(compression: Compression, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-    call = Call(given, _modalities(compression, given), ahead=max(asked.get() - 1, 0))
+    call = Call(given, _modalities(compression, given), ahead=max(asked.get() - 1, answering.get()))
     for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
         call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
     running.set(call)

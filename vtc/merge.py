@@ -63,5 +63,5 @@ def _cells(parts: tuple[Grid, ...], cell: float, length: int) -> Tensor:
         row = (torch.arange(height) / (cell * height)).floor().long()
         column = (torch.arange(width) / (cell * width)).floor().long()
         cells.append((row[:, None] * columns + column).flatten() + number * columns**2)
-    cells = torch.cat(cells)
+    cells = torch.cat(cells).unique(return_inverse=True)[1]  # cells without a token do not count
     return torch.nn.functional.pad(cells, (0, length - len(cells)))

@@ -109,7 +109,8 @@ class RelevantAttention(ReceivedAttention):
 class PatchEntropy(Need):
     """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
 
-    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4).
+    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4). What pixels were normalised by
+    is known from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
     """
 
     tower: ClassVar[bool] = True
@@ -117,13 +118,21 @@ class PatchEntropy(Need):
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.has_pixels:
             raise ValueError("this method looks at the pixels of patches, which this family packs: set its weight to 0")
+        if adapter.image_processor is None:
+            raise ValueError(
+                "the entropy of patches needs the mean and deviation that pixels were normalised by, and beside this "
+                f"model's checkpoint {adapter.model.config._name_or_path!r} is no image processor: save it there with "
+                "processor.save_pretrained(folder), or set the weight of the entropy to 0"
+            )
         return {}
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        adapter = tower.adapter
-        pixels = adapter.pixels(tower.call).float()
-        mean, std = (pixels.new_tensor(values)[:, None] for values in (adapter.pixel_mean, adapter.pixel_std))
-        grey = ((pixels * std + mean) * 255).mean(2).round().clamp(0, 255).long()
+        pixels, processor = tower.adapter.pixels(tower.call).float(), tower.adapter.image_processor
+        if processor.do_normalize:
+            mean, std = (pixels.new_tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
+            pixels = pixels * std + mean
+        levels = pixels / processor.rescale_factor if processor.do_rescale else pixels
+        grey = levels.mean(2).round().clamp(0, 255).long()
         counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
             2, grey, torch.ones_like(grey, dtype=torch.float32)
         )

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, get_type_hints
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from vtc import select
@@ -23,6 +25,10 @@ from vtc.need import Need
 
 Budget = int | float
 """Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""
+Layer = Annotated[int, Field(ge=1)]
+"""The number of a decoder layer that tokens leave before; its score is seen in the one before."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A part of the whole."""
 
 
 class BudgetError(ValueError):
@@ -43,13 +49,24 @@ class Shape:
     cls: bool = True
     """Whether the vision tower has a CLS token beside the patches."""
 
-    def scaled(self, *layers: int, of: int) -> tuple[int, ...]:
-        """A paper's decoder layers of `of`, at the same relative depths here: never before layer 1, no two the same."""
+    def layers(self, chosen: tuple[int, ...] | None, *paper: int, of: int) -> tuple[int, ...]:
+        """The decoder layers that a method prunes before: `chosen`, or without a choice its paper's.
+
+        Those are layers of `of`, taken at the same relative depths here: never before layer 1, no two the same. Raises
+        ValueError where this decoder has no such layers.
+        """
+        last = self.decoder_layers - 1
+        if chosen is not None:
+            if list(chosen) != sorted({*chosen}) or not chosen or not 1 <= chosen[0] <= chosen[-1] <= last:
+                raise ValueError(
+                    f"layers {chosen} must ascend within 1 to {last}: a score is seen in the layer before its own"
+                )
+            return chosen
         found = []
-        for layer in layers:
+        for layer in paper:
             found.append(max(found[-1] + 1 if found else 1, round(layer * self.decoder_layers / of)))
-        if found[-1] >= self.decoder_layers:
-            raise ValueError(f"{len(layers)} stages do not fit into a decoder of {self.decoder_layers} layers")
+        if found[-1] > last:
+            raise ValueError(f"{len(paper)} stages do not fit into a decoder of {self.decoder_layers} layers")
         return tuple(found)
 
 
@@ -70,7 +87,10 @@ class Stage:
 
 
 class Method:
-    """Base of all methods: a subclass is a frozen dataclass with `stages`, and `ratios` if its paper has knobs."""
+    """Base of all methods: a subclass is a frozen dataclass with `stages`, and `ratios` if its paper has knobs.
+
+    Making one checks each hyper-parameter by its annotation, and raises ValueError with the name of what does not fit.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -78,6 +98,15 @@ class Method:
     """Whether the method decides by itself how many tokens stay; `keep` then gives the least."""
     space: ClassVar[dict[str, tuple[float, float]]] = {}
     """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():
+            try:
+                kind.validate_python(getattr(self, name))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                place = ".".join(map(str, (name, *first["loc"])))
+                raise ValueError(f"{self.name}: {place}: {first['msg']}, not {reprlib.repr(first['input'])}") from None
 
     @classmethod
     def tuned(cls, values: dict[str, float]) -> Method:
@@ -98,14 +127,29 @@ class Method:
 
     @staticmethod
     def from_json(path: str | Path) -> Method:
-        """The method that `to_json` or `vtc tune` wrote. Raises ValueError for a method that vtc does not know."""
+        """The method that `to_json` or `vtc tune` wrote.
+
+        Raises ValueError for what describes no method that vtc knows, with the file and the field; OSError where the
+        file cannot be read.
+        """
         from vtc.methods import methods
 
-        settings = json.loads(Path(path).read_text())
+        settings = read_json(path)
         name = settings.pop("method", None)
-        if name not in methods():
-            raise ValueError(f"{path} is of method {name!r}; vtc knows {', '.join(methods())}")
-        return methods()[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+        if not isinstance(name, str) or name not in methods():
+            raise ValueError(f"{path}: method is {reprlib.repr(name)}; vtc knows {', '.join(methods())}")
+        return methods()[name].described(settings, path)
+
+    @classmethod
+    def described(cls, settings: dict[str, Any], source: str | Path) -> Method:
+        """The method with hyper-parameters out of JSON; errors name their `source`."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(f"{source}: {cls.name} has no {unknown[0]!r}, but {', '.join(known)}")
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Method:
         """The method with its trained parts for this model; `tokens` is those of an image, where that is fixed."""
@@ -130,11 +174,30 @@ class Method:
         return tuple(accumulate((ratio**strength for ratio in ratios), min))  # what has left does not come back
 
     def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
-        """How many of an image's `tokens` stay after each stage.
+        """How many of an image's `tokens` stay after each stage, at least one of them: a fraction never means less.
 
         Raises `BudgetError` when the layer-averaged `budget` is out of this method's reach.
         """
         return _keep(self, tokens, budget, shape)
+
+
+@cache
+def _kinds(method: type[Method]) -> dict[str, TypeAdapter]:
+    """What each hyper-parameter of a method may be, by its annotation: nothing is converted, and NaN is no number."""
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hints = get_type_hints(method, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name], config=strict) for field in fields(method)}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError with the file's name where it holds anything else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {reprlib.repr(found)} where a JSON object describes a method")
+    return found
 
 
 def check_budget(budget: Budget | None) -> None:
@@ -160,8 +223,8 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
     layers = tuple(stage.layer for stage in method.stages(shape))
     depth = shape.decoder_layers
 
-    def counts(ratios: tuple[float, ...]) -> tuple[int, ...]:
-        return tuple(min(tokens, max(1, round(ratio * tokens))) for ratio in ratios)
+    def clamped(ratios: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(min(tokens, max(1, ratio * tokens)) for ratio in ratios)
 
     def average(kept: tuple[float, ...]) -> float:
         return average_tokens(tokens, kept, layers, depth)
@@ -170,28 +233,32 @@ def _keep(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> t
         ratios = method.ratios()
         if ratios is None:
             raise ValueError(f"{method.name} has no default number of tokens: pass budget=, for example budget=0.25")
-        return counts(tuple(accumulate(ratios, min)))
-    target = budget * tokens if isinstance(budget, float) else budget
-    if target >= tokens or not tokens:
+        return _rounded(clamped(tuple(accumulate(ratios, min))))
+    target = max(1, budget * tokens) if isinstance(budget, float) else budget
+    if target >= tokens:
         return (tokens,) * len(layers)
     if target == 0 and set(layers) == {0}:
         return (0,) * len(layers)
-    least = counts(method.schedule(math.inf, len(layers)))
+    least = clamped(method.schedule(math.inf, len(layers)))
     floor = average(least)
     if target < floor - 0.5:
-        first = next(layer for layer, kept in zip(layers, least, strict=True) if kept < tokens)
+        first = next((layer for layer, kept in zip(layers, least, strict=True) if kept < tokens), depth)
+        reach = math.ceil(1000 * floor / tokens) / 1000  # rounded up, so that it can be asked for
         raise BudgetError(
             f"{method.name} cannot reach {target:g} of {tokens} visual tokens averaged over {depth} decoder layers: "
             f"its first drop is before layer {first}, so its range is {floor:.1f} to {tokens} tokens "
-            f"({floor / tokens:.3f} to 1.0 of the image)",
+            f"({reach:.3f} to 1.0 of the image)",
             floor=floor / tokens,
         )
     low, high = 0.0, math.inf
     for _ in range(100):  # the average falls with the strength: double it until it is too much, then bisect
         middle = 2 * low + 1 if high == math.inf else (low + high) / 2
-        shares = method.schedule(middle, len(layers))
-        if average(tuple(share * tokens for share in shares)) > target:
+        if average(clamped(method.schedule(middle, len(layers)))) > target:
             low = middle
         else:
             high = middle
-    return counts(method.schedule(high, len(layers)))
+    return _rounded(clamped(method.schedule(high, len(layers))))
+
+
+def _rounded(kept: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(round(count) for count in kept)

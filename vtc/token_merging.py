@@ -2,7 +2,8 @@
 
 Token merging (arXiv 2210.09461): a patch joins the one whose keys are most like its own, and as a key it then counts as
 many times as it has patches. What the projector reads has its full length again, every patch with the features of its
-group; which patch stands for a group is known from the sizes, and the others leave at the encoder site.
+group; which patch stands for a group is known from the sizes, and the others leave at the encoder site. Where padded
+tiles are cut to the image again, the patch that stands for a group is one that is not cut away.
 """
 
 from __future__ import annotations
@@ -78,9 +79,11 @@ class MergedPatches(Need):
 
     def row(self, record: dict[str, Any], tower: Tower) -> Tensor:
         source, size = record["source"], record["size"]
-        place = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        first = torch.full_like(size, source.shape[1], dtype=torch.long).scatter_reduce(1, source, place, "amin")
-        return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, tower.adapter.has_cls() :]
+        length, protected = source.shape[1], int(tower.adapter.has_cls())
+        unseen = torch.nn.functional.pad(~_visible(tower, len(source), length - protected), (protected, 0))
+        place = torch.arange(length, device=source.device) + length * unseen.to(source.device)  # the visible come first
+        first = torch.full_like(size, 2 * length, dtype=torch.long).scatter_reduce(1, source, place, "amin") % length
+        return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, protected:]
 
     def _record(self) -> dict[str, Any] | None:
         return None if (record := recording.get()) is None else record.setdefault(self, {})
@@ -123,3 +126,14 @@ class MergedPatches(Need):
         if (record := self._record()) is None or record["size"].shape == record["source"].shape:
             return None
         return compact.gather(hidden, record["source"])
+
+
+def _visible(tower: Tower, crops: int, patches: int) -> Tensor:
+    """(crops, patches) bool: the patches that any visual token is made of; unpadding cuts the others away.
+
+    Packing is linear with weights that are not negative, so those are where the sum of all tokens has a slope.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        values = torch.zeros(crops, patches, 1, requires_grad=True)
+        total = sum(tokens.sum() for tokens in tower.adapter.pack(values, tower.call))
+        return torch.autograd.grad(total, values)[0][..., 0] > 0

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vtc import scores
 from vtc.observe import LastTokenRow
-from vtc.stage import Method, Shape, Stage
+from vtc.stage import Layer, Method, Shape, Share, Stage
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,13 @@ class FastV(Method):
 
     "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764), released code: the head-mean of the post-softmax
     row of the last prompt token only (the text speaks of the average over tokens; the code does not average);
-    original positions; pruned once, at prefill.
+    original positions; pruned once, at prefill. Without a cache (`use_cache=False`) each step is a prefill, and looks
+    anew from the token that is then the last.
     """
 
-    layer: int | None = None
+    layer: Layer | None = None
     """K. None: the paper's 2 of 32, scaled to the depth of the decoder."""
-    ratio: float = 0.5
+    ratio: Share = 0.5
     """R, the share of image tokens that is dropped where no budget is given."""
 
     name: ClassVar[str] = "fastv"
@@ -29,11 +30,7 @@ class FastV(Method):
     space: ClassVar[dict[str, tuple[float, float]]] = {"layer": (1, 8)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        layer = shape.scaled(2, of=32)[0] if self.layer is None else self.layer
-        if not 1 <= layer < shape.decoder_layers:
-            raise ValueError(
-                f"layer={layer} must lie in 1 to {shape.decoder_layers - 1}: its score is seen in the one before"
-            )
+        (layer,) = shape.layers(None if self.layer is None else (self.layer,), 2, of=32)
         need = LastTokenRow(layer - 1)
         return (Stage(layer, lambda seen: scores.head_mean(seen[need]), (need,)),)
 

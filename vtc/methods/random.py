@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar
+from functools import lru_cache
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vtc.choice import Seen
@@ -20,7 +21,7 @@ class Random(Method):
     The subset depends on the seed and the patch's place alone, so that a row gets the same one in any batch.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline"
@@ -33,7 +34,7 @@ class Random(Method):
         return draw.to(seen.valid.device).expand_as(seen.valid)
 
 
-@cache
+@lru_cache(maxsize=16)
 def _draw(seed: int) -> Tensor:
     """One long draw, of which every image takes the beginning: so it does not depend on the batch around the image."""
     return torch.rand(1 << 16, generator=torch.Generator().manual_seed(seed))

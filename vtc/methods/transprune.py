@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc import scores
 from vtc.choice import Seen
 from vtc.observe import TextRow, TokenTransition
-from vtc.stage import Method, Shape, Stage
+from vtc.stage import Layer, Method, Shape, Share, Stage
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class TransPrune(Method):
     positions.
     """
 
-    keep_ratios: tuple[float, float, float] = (0.875, 0.625, 0.125)
+    keep_ratios: tuple[Share, Share, Share] = (0.875, 0.625, 0.125)
     """Shares of the image's tokens after each pruning: the released code's, the paper's "High" (41 % on average)."""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Weight of TTV. At 1.0 the instruction is not looked at (the paper's TTV-only row)."""
-    layers: tuple[int, int, int] | None = None
+    layers: tuple[Layer, Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 7, 9 and 12 of 32, scaled to the depth of the decoder."""
 
     LOW: ClassVar[tuple[float, float, float]] = (0.5, 0.25, 0.0625)
@@ -44,7 +44,7 @@ class TransPrune(Method):
     }
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        layers = self.layers or shape.scaled(7, 9, 12, of=32)
+        layers = shape.layers(self.layers, 7, 9, 12, of=32)
         return tuple(self._stage(layer, layers[0] - 1) for layer in layers)
 
     def _stage(self, layer: int, first: int) -> Stage:

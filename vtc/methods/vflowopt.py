@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from operator import mul
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from vtc import merge, select
 from vtc.choice import Seen
 from vtc.observe import PatchEntropy, RelevantAttention
-from vtc.stage import Method, Shape, Stage
+from vtc.stage import Layer, Method, Shape, Share, Stage
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,19 @@ class VFlowOpt(Method):
     The defaults are the released ones for LLaVA-OneVision-7B at 25 %; `vtc tune` finds them for other models. Where no
     patch passes the threshold all do (the code gets NaN). The entropy is of de-normalised pixels (the code's wraps
     around) and in bits, as in the code. Recycled tokens count towards the budget exactly; the code's approximately.
+    On images of tiles with newline tokens (LLaVA-NeXT, LLaVA-OneVision) a newline has the importance 0 here and 1 in
+    the code, and cells are a part of each grid's sides here and of a fixed number of patches there.
     """
 
-    retain: tuple[float, float, float] = (0.265, 0.983, 0.877)
+    retain: tuple[Share, Share, Share] = (0.265, 0.983, 0.877)
     """R1, R2, R3: the share of the tokens entering each site that stays."""
-    threshold: float = 34.8
+    threshold: NonNegativeFloat = 34.8
     """t: how many times the mean a patch must receive to be relatively important."""
-    cell: float = 15.6 / 27
+    cell: Annotated[float, Field(ge=0.001, le=1)] = 15.6 / 27
     """a: the side of a recycling cell, as a part of the grid's side (the paper counts patches of a grid of 27)."""
     alpha: float = 0.0
     """Weight of the entropy term."""
-    layers: tuple[int, int] | None = None
+    layers: tuple[Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 9 and 18 of 28, scaled to the depth of the decoder."""
 
     name: ClassVar[str] = "vflowopt"
@@ -62,7 +65,7 @@ class VFlowOpt(Method):
             return importance + self.alpha * seen[entropy[0]][:, 0] if entropy else importance
 
         needs = (attention, *entropy)
-        sites = (0, *(self.layers or shape.scaled(9, 18, of=28)))
+        sites = (0, *shape.layers(self.layers, 9, 18, of=28))
         selects = (partial(merge.recycle, cell=self.cell), select.top_k, select.top_k)
         return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from pydantic import PositiveInt
 from torch import Tensor
 
 from vtc import scores, select
@@ -20,10 +21,11 @@ class VtcCls(Method):
     "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (arXiv 2412.05819), released code: the
     head-mean of the post-softmax CLS row, not re-normalised over patches, summed over the last `layers` blocks that the
     projector can see (LLaVA reads hidden_states[-2], so the tower's last block takes no part); top-k, raster order.
-    A tower without a CLS token scores by the mean attention that a patch receives.
+    A tower without a CLS token scores by the mean attention that a patch receives. The released code knows one crop of
+    fixed size; the tiles of an anyres image compete for its budget here.
     """
 
-    layers: int | None = None
+    layers: PositiveInt | None = None
     """Blocks of the ensemble, counted back from the one that the projector reads. None: the paper's 3 of 24, scaled."""
     ensemble: Literal["sum", "mean", "max"] = "sum"
     """How the blocks' scores are combined. The released code sums, which ranks as the mean does."""
@@ -38,9 +40,11 @@ class VtcCls(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         depth = shape.tower_layers
-        layers = self.layers or max(1, round(3 * (depth + 1) / 24))
+        layers = max(1, round(3 * (depth + 1) / 24)) if self.layers is None else self.layers
         if layers > depth:
-            raise ValueError(f"layers={layers}, but the projector sees only {depth} blocks of this vision tower")
+            raise ValueError(
+                f"layers={layers} must lie in 1 to {depth}: the projector sees no more blocks of this tower"
+            )
         row = ClsRow if shape.cls else ReceivedAttention
         needs = tuple(row(layer) for layer in range(depth - layers, depth))
 
