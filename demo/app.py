@@ -17,13 +17,13 @@ from PIL import Image
 
 import vtc
 from vtc import adapter
+from vtc.budget import average_tokens, counts
 from vtc.demo import panels, settings
 from vtc.demo.asking import Asked, HandPicked, Pair, compare
 from vtc.demo.view import data_url, view
 from vtc.eval import scenes
 from vtc.eval.images import MAX_BYTES, open_image
 from vtc.eval.reader import Reader
-from vtc.stage import average_tokens
 
 try:
     from spaces import GPU as on_gpu  # Hugging Face lends a GPU for the length of such a call
@@ -94,12 +94,12 @@ class Inspector:
         self.question = gr.Textbox(
             label="Question", placeholder="what color is the circle?", max_length=QUESTION, elem_id="question"
         )
-        self.method = gr.Dropdown(list(vtc.methods()), value="vtc-cls", label="Method", elem_id="method")
+        self.method = gr.Dropdown(list(vtc.list_methods()), value="vtc-cls", label="Method", elem_id="method")
         note = self.budget_note("vtc-cls", 25)
         self.budget = gr.Slider(1, 100, 25, step=1, label="Budget in percent", info=note, buttons=[], elem_id="budget")
         with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
             self.groups, self.fields = {}, {}
-            for name, method in vtc.methods().items():
+            for name, method in vtc.list_methods().items():
                 with gr.Group(visible=name == "vtc-cls") as self.groups[name]:
                     self.fields[name] = settings.components(method)
                     if not self.fields[name]:
@@ -195,13 +195,13 @@ class Inspector:
             return "Of the image's visual tokens, averaged over the decoder layers."
         budget, shape = self._fraction(percent), self.adapter.shape()
         try:
-            bound = vtc.methods()[method]().bind(self.reader.model, budget, tokens)
-            kept = bound.keep(tokens, budget, shape)
+            bound = vtc.list_methods()[method]().bind(self.reader.model, budget, tokens)
+            kept = counts(bound, tokens, budget, shape)
         except vtc.BudgetError as error:
             return f"Too low: {method} reaches down to {error.floor:.0%}."
         except ValueError as error:
             return self._public(error)
-        layers = tuple(stage.layer for stage in bound.stages(shape))
+        layers = tuple(stage.site for stage in bound.stages(shape))
         spent = budget * tokens if bound.adaptive else average_tokens(tokens, kept, layers, shape.decoder_layers)
         return f"{spent:.0f} of {tokens} visual tokens, averaged over the decoder layers."
 
@@ -217,11 +217,11 @@ class Inspector:
             raise ValueError("Write a question about the image.")
         if len(question) > QUESTION:
             raise ValueError(f"The question has {len(question)} characters; the limit is {QUESTION}.")
-        if method not in vtc.methods():
+        if method not in vtc.list_methods():
             raise ValueError(f"There is no method {method!r}.")
         names = [(owner, field) for owner, fields in self.fields.items() for field in fields]
         given = {field: value for (owner, field), value in zip(names, values, strict=True) if owner == method}
-        chosen = settings.configured(vtc.methods()[method], given)
+        chosen = settings.configured(vtc.list_methods()[method], given)
         return Asked(self._opened(image), question, chosen, self._fraction(percent))
 
     def _fraction(self, percent: float) -> float:

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vtc
 from vtc import adapter, cost
-from vtc.choice import Seen, Selection
+from vtc.choice import Choice, Seen
 from vtc.eval.reader import Reader
 from vtc.stage import Budget, Method, Shape, Stage
 
@@ -83,11 +83,11 @@ class HandPicked(Method):
         """Nobody knows before it is seen which of the tokens are this image's."""
         return (0,)
 
-    def _select(self, scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+    def _select(self, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
         sizes = [sum(height * width for height, width in parts) for parts in seen.parts]
         picked = torch.zeros(sum(sizes), dtype=torch.bool)
         picked[list(self.tokens)] = True
-        return Selection(pad_sequence(picked.split(sizes), batch_first=True).to(seen.valid.device))
+        return Choice(pad_sequence(picked.split(sizes), batch_first=True).to(seen.valid.device))
 
 
 def compare(reader: Reader, asked: Asked) -> Iterator[Pair]:

@@ -49,7 +49,7 @@ def fates(trace: Trace) -> dict[str, Any]:
     for stage in trace.stages:
         valid, places = stage.valid.cpu(), stage.entered.cpu() + first
         for token in places[valid & ~stage.kept.cpu()].tolist():
-            left[token] = stage.layer
+            left[token] = stage.site
         if stage.into is not None:
             target = stage.into.cpu()
             taken = places.gather(1, target.clamp(min=0))
@@ -62,7 +62,7 @@ def fates(trace: Trace) -> dict[str, Any]:
         ranks = {token: rank for rank, token in enumerate(sorted(scores, key=scores.get, reverse=True), 1)}
         stages.append(
             {
-                "layer": stage.layer,
+                "layer": stage.site,
                 "scores": [scores.get(token) for token in range(total)],
                 "ranks": [ranks.get(token) for token in range(total)],
             }

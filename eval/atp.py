@@ -101,7 +101,7 @@ def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) ->
         sizes += trace.sizes
     shares = torch.cat(counts) / torch.tensor(sizes)[:, None]
     average = shares.mean(1)
-    layers = [stage.layer for stage in trace.stages]
+    layers = [stage.site for stage in trace.stages]
     return {
         "average": {name: getattr(average, name)().item() for name in ("mean", "std", "min", "max")},
         "layers": {
@@ -130,7 +130,7 @@ def soft_tokens(trace: Trace) -> tuple[Tensor, Tensor]:
     Both are fractions of an image's tokens, means over images, with their gradient.
     """
     sizes = torch.tensor(trace.sizes, dtype=torch.float)
-    starts = [*(stage.layer for stage in trace.stages), trace.depth]
+    starts = [*(stage.site for stage in trace.stages), trace.depth]
     gates = torch.stack([stage.gate * stage.valid for stage in trace.stages]).cumprod(0)
     shares = gates.sum(2) / sizes.to(gates)
     spans = torch.tensor([end - start for start, end in pairwise(starts)]).to(shares)

@@ -31,7 +31,7 @@ def faithfulness(reader: Reader, examples: Sequence[Any], methods: Sequence[str 
     Deletion (lower is better) and insertion (higher is better) are areas under the answer's probability over the share
     of tokens. Raises ValueError for unknown methods and for one that has no score map.
     """
-    check_methods([method for method in methods if isinstance(method, str)], list(vtc.methods()))
+    check_methods([method for method in methods if isinstance(method, str)], list(vtc.list_methods()))
     totals: dict[str, list[tuple[float, float, float]]] = {}
     for example in track(examples, description="occluding", console=Console(stderr=True)):
         inputs = reader.inputs([example.image], [example.question])
@@ -57,7 +57,7 @@ def _score_map(reader: Reader, inputs: dict[str, Tensor], method: str | vtc.Meth
     """The method's scores over all of an image's tokens, at its first stage: (tokens,)."""
     if isinstance(method, str):
         found = resolve(method)
-        method = vtc.methods()[found]() if isinstance(found, str) else found
+        method = vtc.list_methods()[found]() if isinstance(found, str) else found
     budget = 0.5 if method.ratios() is None else None
     with vtc.compressed(reader.model, method, budget) as trace, torch.inference_mode():
         reader.model(**inputs)

@@ -248,11 +248,11 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
 
 def resolve(method: str) -> str | vtc.Method:
     """A name as it stands; a path to a JSON file, as `vtc tune` writes it, as the method that it describes."""
-    return vtc.Method.from_json(method) if method.endswith(".json") else method
+    return vtc.find_method(method) if method.endswith(".json") else method
 
 
 def _check(settings: Settings) -> None:
-    check_methods(settings.methods, [*vtc.methods(), SMALLER])
+    check_methods(settings.methods, [*vtc.list_methods(), SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(settings, name)}")

@@ -64,7 +64,7 @@ def evaluate(
             run.
         ImportError: lmms-eval is missing, or cannot be imported.
     """
-    run.check_methods(settings.methods, list(vtc.methods()))
+    run.check_methods(settings.methods, list(vtc.list_methods()))
     _import_lmms_eval()
     from vtc.eval.suite_model import Vtc
 

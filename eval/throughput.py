@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vtc
-from vtc.choice import Seen, Selection
+from vtc.choice import Choice, Seen
 from vtc.eval import bench, shapes
 from vtc.select import top_k
 from vtc.stage import Method, Shape, Stage
@@ -36,7 +36,7 @@ class Uneven(Method):
     adaptive: ClassVar[bool] = True
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        def select(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+        def select(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
             rank = torch.arange(1, len(keep) + 1, device=keep.device)
             return top_k(scores, seen, (2 * keep * rank // len(keep)).clamp(min=1))
 

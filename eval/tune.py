@@ -46,7 +46,7 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
     """
     import optuna
 
-    known = vtc.methods()
+    known = vtc.list_methods()
     if search.method not in known:
         raise ValueError(f"unknown method {search.method!r}; the methods are {', '.join(known)}")
     kind = known[search.method]

@@ -57,7 +57,7 @@ def picture(tmp_path):
 
 
 def asked(method="vtc-cls", budget=0.25, example=EXAMPLE) -> Asked:
-    return Asked(example.image, example.question, vtc.methods()[method](), budget)
+    return Asked(example.image, example.question, vtc.list_methods()[method](), budget)
 
 
 def last(reader: Reader, question: Asked) -> Pair:
@@ -204,7 +204,7 @@ def test_advanced_settings_reach_the_method(page, picture, reader):
     page.locator("#advanced").get_by_label("seed").fill("7")
     page.keyboard.press("Tab")
     ask(page)
-    question = Asked(EXAMPLE.image, EXAMPLE.question, vtc.methods()["random"](seed=7), 0.25)
+    question = Asked(EXAMPLE.image, EXAMPLE.question, vtc.list_methods()["random"](seed=7), 0.25)
     assert kept(page) == last(reader, question).trace.kept()[0].tolist()
 
 
@@ -329,13 +329,13 @@ def test_one_grid_lies_over_what_the_model_sees():
 
 
 def test_settings_come_from_the_dataclass():
-    fields = settings.components(vtc.methods()["vflowopt"])
+    fields = settings.components(vtc.list_methods()["vflowopt"])
     assert list(fields) == ["retain", "threshold", "cell", "alpha", "layers"]
     assert fields["retain"].value == "0.265, 0.983, 0.877"
     assert "share of the tokens" in fields["retain"].info
-    assert settings.components(vtc.methods()["vtc-cls"])["ensemble"].choices[0] == ("sum", "sum")
-    read = settings.configured(vtc.methods()["vflowopt"], {"retain": "0.5, 0.9, 1", "threshold": 3, "layers": ""})
-    assert read == vtc.methods()["vflowopt"](retain=(0.5, 0.9, 1.0), threshold=3.0)
+    assert settings.components(vtc.list_methods()["vtc-cls"])["ensemble"].choices[0] == ("sum", "sum")
+    read = settings.configured(vtc.list_methods()["vflowopt"], {"retain": "0.5, 0.9, 1", "threshold": 3, "layers": ""})
+    assert read == vtc.list_methods()["vflowopt"](retain=(0.5, 0.9, 1.0), threshold=3.0)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_settings_come_from_the_dataclass():
 )
 def test_settings_that_cannot_be(method, values):
     with pytest.raises(ValueError, match=next(iter(values))):
-        settings.configured(vtc.methods()[method], values)
+        settings.configured(vtc.list_methods()[method], values)
 
 
 def test_where_the_model_lies_stays_private(reader):

@@ -280,7 +280,7 @@ def test_every_method_runs_on_every_family(name):
     """Or says early why it does not."""
     model, ran = FAMILIES[name].model, []
     refused = {"atp"} if vtc.adapter.find(model).merges_patches else {"atp", "tome"}
-    for method in sorted(set(vtc.methods()) - refused):
+    for method in sorted(set(vtc.list_methods()) - refused):
         vtc.wrap(model, method, 0.7)
         with torch.no_grad():
             model(**prompt(model, (2, 1)))

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
 from vtc.attention import attention_rows
+from vtc.budget import average_tokens, counts
 from vtc.grids import evenly_spaced
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
@@ -26,7 +27,7 @@ from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
-from vtc.stage import Shape, average_tokens
+from vtc.stage import Shape
 
 SEEDS = range(50)
 
@@ -452,8 +453,8 @@ def test_attention_rows_are_rows_of_the_matrix():
 
 def test_paper_layers_scale_with_the_depth():
     llava_7b, small = Shape(32, 23), Shape(8, 5)
-    assert [stage.layer for stage in FastV().stages(llava_7b)] == [2]
-    assert [stage.layer for stage in FastV().stages(small)] == [1]
+    assert [stage.site for stage in FastV().stages(llava_7b)] == [2]
+    assert [stage.site for stage in FastV().stages(small)] == [1]
     assert [need.layer for need in VtcCls().stages(llava_7b)[0].needs] == [20, 21, 22]
     assert [need.layer for need in VtcCls().stages(small)[0].needs] == [4]
 
@@ -462,14 +463,14 @@ def test_published_budgets():
     """FastV K=2 R=50 % averages 306 of 576 tokens over 32 layers, R=75 % 171 (METHODS.md B1)."""
     shape = Shape(32, 23)
     for ratio, published in ((0.5, 306), (0.75, 171)):
-        kept = FastV(ratio=ratio).keep(576, None, shape)
+        kept = counts(FastV(ratio=ratio), 576, None, shape)
         assert average_tokens(576, kept, (2,), 32) == published
-        assert FastV().keep(576, published, shape) == kept
+        assert counts(FastV(), 576, published, shape) == kept
 
 
 def test_a_schedule_never_rises():
     odd = TransPrune(keep_ratios=(0.3, 0.9, 0.2))
-    assert odd.keep(100, None, Shape(32, 23)) == (30, 30, 20)
+    assert counts(odd, 100, None, Shape(32, 23)) == (30, 30, 20)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -484,9 +485,9 @@ def test_every_schedule_meets_its_budget_or_says_that_it_cannot(seed):
     for budget in (0.9, 0.5, 0.25, 0.11, 0.03):
         if budget * tokens < floor - 0.5:
             with pytest.raises(vtc.BudgetError, match=f"first drop is before layer {first}"):
-                method.keep(tokens, budget, shape)
+                counts(method, tokens, budget, shape)
             continue
-        kept = method.keep(tokens, budget, shape)
+        kept = counts(method, tokens, budget, shape)
         assert average_tokens(tokens, kept, (0, *layers), 32) == pytest.approx(budget * tokens, abs=1.5)
         assert list(kept) == sorted(kept, reverse=True)
 
@@ -501,7 +502,7 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
         shares = tuple(rng.choice((1.0, 0.9, 0.01, rng.random())) for _ in range(3))
         method = rng.choice(
             [
-                *(kind() for name, kind in vtc.methods().items() if name != "atp"),
+                *(kind() for name, kind in vtc.list_methods().items() if name != "atp"),
                 FastV(layer=layers[0], ratio=shares[0]),
                 TransPrune(layers=tuple(layers), keep_ratios=shares),
                 VFlowOpt(layers=tuple(layers[:2]), retain=shares),
@@ -511,10 +512,10 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
         tokens = rng.choice((1, 2, 3, 5, 36, 144, 576, 2880))
         budget = rng.choice((rng.random(), 0.5, 0.01, 1.0, rng.randint(1, tokens)))
         wanted = max(1, budget * tokens) if isinstance(budget, float) else budget
-        stages = tuple(stage.layer for stage in method.bind(None, budget, tokens).stages(shape))
+        stages = tuple(stage.site for stage in method.bind(None, budget, tokens).stages(shape))
 
         def average(budget, method=method, tokens=tokens, shape=shape, stages=stages):
-            return average_tokens(tokens, method.keep(tokens, budget, shape), stages, shape.decoder_layers)
+            return average_tokens(tokens, counts(method, tokens, budget, shape), stages, shape.decoder_layers)
 
         refusal = None
         try:
@@ -534,21 +535,21 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
 def test_an_image_of_one_token_is_kept():
     for kind in (Random, VtcCls, FastV, TransPrune, VFlowOpt):
         for budget in (0.01, 0.25, 1, 1.0, 64):
-            assert set(kind().keep(1, budget, Shape(32, 23))) == {1}
-    assert Random().keep(1, 0, Shape(32, 23)) == (0,)
+            assert set(counts(kind(), 1, budget, Shape(32, 23))) == {1}
+    assert counts(Random(), 1, 0, Shape(32, 23)) == (0,)
     with pytest.raises(vtc.BudgetError, match="cannot reach 0 of 1 visual tokens") as error:
-        FastV().keep(1, 0, Shape(32, 23))
+        counts(FastV(), 1, 0, Shape(32, 23))
     assert error.value.floor == 1
 
 
 def test_tuned_methods_survive_json(tmp_path):
     for method in (VFlowOpt.tuned({"retain.1": 0.5, "alpha": 0.1}), VtcCls.tuned({"layers": 2}), FastV(layer=3)):
         method.to_json(tmp_path / "method.json")
-        assert vtc.Method.from_json(tmp_path / "method.json") == method
+        assert vtc.find_method(tmp_path / "method.json") == method
     assert VFlowOpt.tuned({"retain.1": 0.5}).retain == (0.265, 0.5, 0.877)
     (tmp_path / "method.json").write_text('{"method": "magic"}')
     with pytest.raises(ValueError, match="'magic'; vtc knows"):
-        vtc.Method.from_json(tmp_path / "method.json")
+        vtc.find_method(tmp_path / "method.json")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

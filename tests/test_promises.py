@@ -380,7 +380,7 @@ def test_inputs_embeds(model, method):
 @pytest.mark.parametrize("budget", [1, 3, 9, 20, 35, 0.1, 0.25, 0.5, 0.9])
 def test_a_budget_is_the_layer_average(llava, budget):
     model = llava
-    for name in set(vtc.methods()) - {"atp"}:  # trained for one budget, and met on average over the data
+    for name in set(vtc.list_methods()) - {"atp"}:  # trained for one budget, and met on average over the data
         tokens = model.config.image_seq_length
         target = budget if isinstance(budget, int) else budget * tokens
         late = {"fastv": 41 / 6, "transprune": 41 / 6}  # all 36 tokens in the first of 6 layers, then one

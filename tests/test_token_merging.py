@@ -7,8 +7,7 @@ import torch
 from models import FAMILIES, Row, batch, counted, llava, pixels, prompt
 
 import vtc
-from vtc.methods.tome import ToMe
-from vtc.token_merging import matches
+from vtc.methods.tome import ToMe, matches
 
 
 def pairs(key, count, first):

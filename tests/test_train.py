@@ -108,7 +108,7 @@ def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, t
     assert similarity >= defaults - 1e-6
     assert best != VFlowOpt()
     model = load(str(checkpoint), "cpu").model
-    assert vtc.wrap(model, vtc.Method.from_json(tmp_path / "best.json"), 0.25).vtc.method == best
+    assert vtc.wrap(model, vtc.find_method(tmp_path / "best.json"), 0.25).vtc.method == best
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])

@@ -9,13 +9,12 @@ from models import FAMILIES, llava
 from safetensors.torch import load_file, save_file
 
 import vtc
-from vtc.merge import _cells
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
-from vtc.methods.vflowopt import VFlowOpt
+from vtc.methods.vflowopt import VFlowOpt, _cells
 from vtc.methods.vtc_cls import VtcCls
 from vtc.stage import Shape
 
@@ -161,16 +160,16 @@ def test_an_odd_file_is_one_sentence_that_names_the_file_and_the_field(tmp_path,
     path = tmp_path / "odd.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"odd\.json.*{match}") as error:
-        vtc.Method.from_json(path)
+        vtc.find_method(path)
     sentence(error)
 
 
 def test_a_file_of_bytes_is_no_method(tmp_path):
     (tmp_path / "odd.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a JSON file"):
-        vtc.Method.from_json(tmp_path / "odd.json")
+        vtc.find_method(tmp_path / "odd.json")
     with pytest.raises(OSError, match=r"none\.json"):
-        vtc.Method.from_json(tmp_path / "none.json")
+        vtc.find_method(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
@@ -280,4 +279,4 @@ def test_modules_are_not_lost_in_a_json_file(tmp_path):
     with pytest.raises(ValueError, match="save_pretrained"):
         Atp().untrained(Shape(8, 4), 8).to_json(tmp_path / "atp.json")
     Atp(rates=(0.5, 0.2, 0.1)).to_json(tmp_path / "atp.json")
-    assert vtc.Method.from_json(tmp_path / "atp.json") == Atp(rates=(0.5, 0.2, 0.1))
+    assert vtc.find_method(tmp_path / "atp.json") == Atp(rates=(0.5, 0.2, 0.1))

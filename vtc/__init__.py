@@ -6,11 +6,24 @@
 >>> vtc.unwrap(model)
 """
 
-from vtc.methods import methods
-from vtc.prefix import prefix
-from vtc.stage import BudgetError, Method, Shape, Stage
+from vtc.budget import BudgetError
+from vtc.methods import find_method, list_methods
+from vtc.sharing import prefix
+from vtc.stage import Method, Shape, Stage
 from vtc.trace import Trace
 from vtc.wrapping import compressed, unwrap, wrap
 
 __version__ = "0.1.0"
-__all__ = ["BudgetError", "Method", "Shape", "Stage", "Trace", "compressed", "methods", "prefix", "unwrap", "wrap"]
+__all__ = [
+    "BudgetError",
+    "Method",
+    "Shape",
+    "Stage",
+    "Trace",
+    "compressed",
+    "find_method",
+    "list_methods",
+    "prefix",
+    "unwrap",
+    "wrap",
+]

@@ -206,7 +206,8 @@ class Adapter:
         return side, side
 
     def shape(self) -> Shape:
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls())
+        heads = self.decoder_attention(self.layers[0]).key_heads
+        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:

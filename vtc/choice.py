@@ -1,8 +1,8 @@
-"""Between what was seen of the visual tokens and what becomes of them: `Seen` goes in, a `Selection` comes out."""
+"""Between what was seen of the visual tokens and what becomes of them: `Seen` goes in, a `Choice` comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,25 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Choice:
     """Which tokens stay, and what becomes of the others."""
 
     keep: Tensor
-    """(images, tokens) bool."""
+    """(images, tokens) bool; at a cache also (images, key_heads, tokens), equally many for each head."""
     into: Tensor | None = None
     """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
     weight: Tensor | None = None
     """(images, tokens) float32: as how many tokens each one counts as a key, in all later layers; None: as one."""
     gate: Tensor | None = None
-    """(images, tokens) in (0, 1), in training: nothing leaves, and each token counts, as a key, only so much from here on."""
+    """(images, tokens) in (0, 1), in training: nothing leaves, and tokens count, as keys, only so much from here on."""
+
+
+def by_head(select: Callable[[Tensor, Seen, Tensor], Choice], scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+    """What `select` makes of scores (images, tokens), or head by head of (images, heads, tokens)."""
+    if scores.ndim == 2:
+        return select(scores, seen, keep)
+    images, heads, _ = scores.shape
+    valid, index, number = (x.repeat_interleave(heads, dim=0) for x in (seen.valid, seen.index, keep))
+    parts = [grids for grids in seen.parts for _ in range(heads)]
+    choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts), number)
+    return Choice(choice.keep.view(images, heads, -1))

@@ -425,7 +425,7 @@ def methods() -> None:
     import vtc
 
     table = Table("method", "what it does", "paper")
-    for name, method in vtc.methods().items():
+    for name, method in vtc.list_methods().items():
         table.add_row(name, escape((method.__doc__ or "").strip().splitlines()[0]), escape(method.paper))
     Console().print(table)
 

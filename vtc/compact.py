@@ -1,7 +1,7 @@
 """The one routine that carries a sequence over to a keep list. Nothing else in vtc gathers along the sequence.
 
-A keep mask becomes a `Plan`; states, rotary tables, positions, columns, keys and values all go through `gather` with its
-index. Original positions survive by construction: rotary tables are gathered, never recomputed.
+A keep mask becomes a `Plan`; states, rotary tables, positions, columns, keys and values all go through `gather` with
+its index. Original positions survive by construction: rotary tables are gathered, never recomputed.
 """
 
 from __future__ import annotations

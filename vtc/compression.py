@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from vtc import adapter as adapters
-from vtc.stage import Budget, Method, check_budget
+from vtc.budget import check_budget, counts
+from vtc.stage import Budget, Cache, Method
 from vtc.trace import Trace
 
 
@@ -28,6 +29,12 @@ class Compression:
         self._latest = Trace()
         for need in self.needs:
             need.modules(self.adapter)  # raises where the model has no such thing
+        for stage in self.stages:
+            if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:
+                raise ValueError(
+                    f"{method.name} drops from the cache of decoder layer {stage.site.layer}, which has a sliding "
+                    "window and forgets by itself: take a method that drops before the decoder or within it"
+                )
         if tokens is not None:
             self.keep(tokens)  # raises where the budget is out of reach
 
@@ -46,7 +53,7 @@ class Compression:
 
     def keep(self, tokens: int) -> tuple[int, ...]:
         """How many of an image's `tokens` stay after each stage."""
-        return self.method.keep(tokens, self.budget, self.shape)
+        return counts(self.method, tokens, self.budget, self.shape)
 
     def remove(self) -> None:
         """Take all hooks off the model."""

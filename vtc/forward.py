@@ -1,4 +1,4 @@
-"""The story of one forward of a wrapped model: from merged embeddings, through the stages, to outputs of the usual shape.
+"""The story of one forward of a wrapped model: from embeddings, through the stages, to outputs of the usual shape.
 
 What happens belongs to the call (`Forward`, found through a context variable) and, between prefill and decoding, to the
 cache (`Held`); never to the module. So threads may share a model, and generations interleave.
@@ -6,7 +6,7 @@ cache (`Held`); never to the module. So threads may share a model, and generatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc import compact
+from vtc import compact, held
 from vtc.call import Call
-from vtc.choice import Selection
+from vtc.choice import Choice, by_head
 from vtc.clock import Clock
 from vtc.columns import Columns
 from vtc.compression import Compression
 from vtc.features import locate
 from vtc.held import Held
 from vtc.need import Need
-from vtc.stage import Stage
+from vtc.stage import Cache, Site, Stage
 from vtc.stream import Stream
 from vtc.trace import StageTrace, Trace
 from vtc.view import Tables, View
@@ -36,7 +36,7 @@ answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
 
 
 class Shared:
-    """What several layers ask for: made once of the very same things, which are kept, so that no others get their id."""
+    """What several layers ask for, made once of the very same things; they are kept, so that no other gets an id."""
 
     def __init__(self) -> None:
         self._made: dict[tuple, tuple[tuple, Any]] = {}
@@ -109,7 +109,7 @@ class Forward:
             self.visibility = Visibility(compression.adapter, self.past.seen, self.past.seen + stream.length)
         elif stream.images:
             for stage in compression.stages:
-                self._note(stage, Selection(stream.valid))
+                self._note(stage, Choice(stream.valid))
 
     def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the text model runs: the encoder-site stages, and masks and positions of what they leave."""
@@ -170,36 +170,43 @@ class Forward:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
-    def _stages(self, layer: int) -> list[tuple[int, Stage]]:
-        return [(number, stage) for number, stage in enumerate(self.compression.stages) if stage.layer == layer]
+    def _stages(self, site: Site) -> list[tuple[int, Stage]]:
+        return [(number, stage) for number, stage in enumerate(self.compression.stages) if stage.site == site]
 
     def _run(self, number: int, stage: Stage, hidden: Tensor) -> Tensor:
         """Score, select, compact: the states of what is left."""
+        if (choice := self._chosen(number, stage, hidden)) is None:
+            return hidden
+        if choice.gate is not None:
+            self.stream = self.stream.gated(choice.gate)
+            return hidden
+        with self.past.trace.clock.timed("compact", hidden.device):
+            counts = [keep[number] for keep in self.keep]
+            if self.compression.method.adaptive:
+                counts = choice.keep.sum(1).tolist()
+            self.stream, hidden = self.stream.apply(choice, counts, self.past.trace.stages[-1].scores, hidden)
+        return hidden
+
+    def _chosen(self, number: int, stage: Stage, hidden: Tensor) -> Choice | None:
+        """What a stage chooses; None where there is nothing to choose."""
         stream, counts = self.stream, [keep[number] for keep in self.keep]
         if not stream.images:
-            return hidden
-        if counts == stream.counts:
-            self._note(stage, Selection(stream.valid))
-            return hidden
+            return None
+        if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
+            self._note(stage, Choice(stream.valid))
+            return None
         timed, device, seen = self.past.trace.clock.timed, hidden.device, stream.seen(stage.needs)
         with timed("score", device):
             scores = stage.score(seen)
         with timed("select", device):
-            choice = stage.select(scores, seen, torch.tensor(counts, device=device))
+            choice = by_head(stage.select, scores, seen, torch.tensor(counts, device=device))
         self._note(stage, choice, scores)
-        if choice.gate is not None:
-            self.stream = stream.gated(choice.gate)
-            return hidden
-        with timed("compact", device):
-            if self.compression.method.adaptive:
-                counts = choice.keep.sum(1).tolist()
-            self.stream, hidden = stream.apply(choice, counts, scores, hidden)
-        return hidden
+        return choice
 
-    def _note(self, stage: Stage, choice: Selection, scores: Tensor | None = None) -> None:
+    def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
         scores, stream = None if scores is None else scores.detach(), self.stream
         self.past.trace.stages.append(
-            StageTrace(stage.layer, stream.index, stream.valid, choice.keep, scores, choice.into, choice.gate)
+            StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, choice.into, choice.gate)
         )
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
@@ -208,11 +215,11 @@ class Forward:
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The whole story of a decoder layer: observe, let the stages choose, and hand on what the layer reads."""
         tables, late = kwargs["position_embeddings"], self.call.late
+        self.cache = kwargs.get("past_key_values", self.cache)  # the text model makes one where it was given none
         if 0 < layer <= len(late):
             hidden = hidden + compact.gather(late[layer - 1], self.stream.entered(self.past.seen)).to(hidden)
         self.tables[layer] = self._carried(tables)
-        if self.stream.images:
-            self._observe(layer, hidden)
+        self._observe([need for need in self.compression.needs if need.before == layer], hidden)
         for number, stage in self._stages(layer) if layer else ():
             hidden = self._run(number, stage, hidden)
         self.tables[layer] = self._carried(tables)
@@ -228,13 +235,44 @@ class Forward:
     def _own(self, columns: Columns) -> bool:
         """Whether a layer gets mask and rotary tables from here instead of the text model's own."""
         guesses = self.call.ahead and self.visibility.blocks is not None
-        weighed = columns.weight is not None
-        return bool(guesses or weighed or not (columns.whole and self.layers[0][0].whole))
+        return bool(guesses or columns.weight is not None or not (columns.whole and self._held(0).whole))
 
-    def _observe(self, layer: int, hidden: Tensor) -> None:
-        """Make the rows that are due before decoder layer `layer`, which `hidden` is about to enter."""
-        due = [need for need in self.compression.needs if not need.tower and need.before == layer]
-        if due:
+    @torch.compiler.disable
+    def after_layer(self, layer: int, hidden: Tensor) -> None:
+        """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
+        for number, stage in self._stages(Cache(layer)):
+            self._observe(stage.needs, hidden)
+            if (choice := self._chosen(number, stage, hidden)) is not None:
+                self._narrow(layer, choice, [keep[number] for keep in self.keep])
+
+    def _narrow(self, layer: int, choice: Choice, counts: list[int]) -> None:
+        """Leave a layer's cache what it held before, the text, and the tokens of a choice, `counts` of each image."""
+        if self.cache is None:
+            raise ValueError(
+                f"{self.compression.method.name} drops from the cache, and this call has none: use_cache=True"
+            )
+        (columns, source), stays = self.layers[layer], self.stream.stays(choice.keep)
+        columns = columns if stays.ndim == 2 else columns.by_head(stays.shape[1])
+        before = self.past.layers[layer]
+        all_stays = columns.place >= 0
+        all_stays[..., before.length :] = stays if stays.ndim == all_stays.ndim else stays[:, None]
+        plan = compact.plan(all_stays.flatten(0, -2), self._lengths(layer, columns, counts))
+        held.narrow(self.cache, layer, plan)
+        self.layers[layer] = columns.kept(plan), source
+
+    def _lengths(self, layer: int, columns: Columns, counts: list[int]) -> list[int]:
+        """How many keys are left in each row, or in each head of each row."""
+        before, heads = self.past.layers[layer], columns.place.flatten(0, -2).shape[0] // len(columns.place)
+        left = [length for length in self.stream.lengths_after(counts) for _ in range(heads)]
+        if not before.ragged:
+            return [before.length + length for length in left]
+        held_before = before.by_head(heads) if columns.place.ndim == 3 else before  # only this asks the device
+        return [a + b for a, b in zip((held_before.place >= 0).sum(-1).flatten().tolist(), left, strict=True)]
+
+    def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
+        """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
+        due = [need for need in needs if not need.tower and need not in self.stream.rows]
+        if due and self.stream.images:
             view = self._view(hidden)
             with self.past.trace.clock.timed("score", hidden.device):
                 rows = {need: need.row(self._recorded(need, hidden.device), view) for need in due}

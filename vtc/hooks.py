@@ -44,8 +44,12 @@ def install(compression: Compression) -> None:
         decoder.register_forward_pre_hook(bind(_enter_decoder, compression), with_kwargs=True),
         decoder.register_forward_hook(_leave_decoder),
         *(
-            layer.register_forward_pre_hook(bind(_enter_layer, number), with_kwargs=True)
+            handle
             for number, layer in enumerate(adapter.layers)
+            for handle in (
+                layer.register_forward_pre_hook(bind(_enter_layer, number), with_kwargs=True),
+                layer.register_forward_hook(bind(_leave_layer, number)),
+            )
         ),
         *(handle for need in compression.needs for handle in need.hooks(adapter)),
         *skippable(adapter),
@@ -153,6 +157,11 @@ def _enter_layer(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, A
         return None
     hidden, kwargs = forward.before_layer(number, args[0], kwargs)
     return (hidden, *args[1:]), kwargs
+
+
+def _leave_layer(number: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    if isinstance(forward := running.get(), Forward) and forward.visibility is not None:
+        forward.after_layer(number, output)
 
 
 def _tell_compiler(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Something to be seen of the running model. A need names modules, whose outputs hooks keep, and makes one row of them."""
+"""Something to be seen of the running model: it names modules, whose outputs hooks keep, and makes a row of them."""
 
 from __future__ import annotations
 

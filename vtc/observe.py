@@ -6,15 +6,12 @@ hook keeps, and how they become one row over the visual tokens, in float32. Noth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from vtc import scores
 from vtc.adapter import Adapter
 from vtc.attention import TowerStates, attention_rows
 from vtc.compact import gather
@@ -86,61 +83,6 @@ QUERY_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class RelevantAttention(ReceivedAttention):
-    """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
-
-    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
-    """
-
-    threshold: float
-
-    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        states = tower.states(self.layer, record)
-        received = self.paid(states, tower)
-        valid = torch.ones_like(received, dtype=torch.bool)
-        if states.valid is not None:
-            valid = states.valid[:, int(tower.adapter.has_cls()) :]
-        important = (received > self.threshold * scores.mean(received, valid)[:, None]) & valid
-        important = important | ~important.any(1, keepdim=True)
-        return self.paid(states, tower, important)[:, None]
-
-
-@dataclass(frozen=True)
-class PatchEntropy(Need):
-    """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
-
-    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4). What pixels were normalised by
-    is known from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
-    """
-
-    tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        if not adapter.has_pixels:
-            raise ValueError("this method looks at the pixels of patches, which this family packs: set its weight to 0")
-        if adapter.image_processor is None:
-            raise ValueError(
-                "the entropy of patches needs the mean and deviation that pixels were normalised by, and beside this "
-                f"model's checkpoint {adapter.model.config._name_or_path!r} is no image processor: save it there with "
-                "processor.save_pretrained(folder), or set the weight of the entropy to 0"
-            )
-        return {}
-
-    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        pixels, processor = tower.adapter.pixels(tower.call).float(), tower.adapter.image_processor
-        if processor.do_normalize:
-            mean, std = (pixels.new_tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
-            pixels = pixels * std + mean
-        levels = pixels / processor.rescale_factor if processor.do_rescale else pixels
-        grey = levels.mean(2).round().clamp(0, 255).long()
-        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
-            2, grey, torch.ones_like(grey, dtype=torch.float32)
-        )
-        entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
-        return entropy.softmax(1)[:, None]
-
-
-@dataclass(frozen=True)
 class LastTokenRow(Need):
     """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
 
@@ -184,51 +126,3 @@ class TextRow(Need):
         rows = view.rows(self.layer, query, key, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("iqn,iq->in", view.of_tokens(rows.mean(1)), weights)[:, None]
-
-
-@dataclass(frozen=True)
-class SelfLogits(Need):
-    """Mean pre-softmax logit that each visual token receives from its image's tokens in decoder layer `layer`.
-
-    (images, 1, tokens), heads averaged. Logits are linear in the query, so the mean query stands for all of them.
-    """
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {"query": attention.query, "key": attention.key}
-
-    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        adapter, valid = view.adapter, view.alive
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-
-        def visual(x: Tensor) -> Tensor:
-            rotated = view.rotated(self.layer, x).float()
-            return rearrange(
-                view.of_tokens(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
-            )
-
-        query, key = visual(attention.queries(record["query"])), visual(attention.keys(record["key"]))
-        mean = (query * valid[:, None, :, None]).sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
-        mean = rearrange(mean, "i (g r) d -> i g r d", g=attention.key_heads).mean(2)
-        return (torch.einsum("igd,ignd->in", mean, key) / attention.key_heads * attention.scale)[:, None]
-
-
-@dataclass(frozen=True)
-class TokenTransition(Need):
-    """How strongly the two modules of decoder layer `layer` change each token: (images, 1, tokens).
-
-    `scores.token_transition` of the attention and of the feed-forward module, summed; each from its normed input and
-    its output before the residual addition.
-    """
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return adapter.branches(adapter.layers[self.layer])
-
-    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        valid = view.alive
-        change = 0
-        for module in ("attention", "feed-forward"):
-            ratio, cosine = scores.change(record[f"{module} in"], record[f"{module} out"])
-            ratio, cosine = view.of_tokens(torch.stack((ratio, cosine), dim=1)).unbind(1)
-            change = change + scores.token_transition(ratio, cosine, valid)
-        return change[:, None]

@@ -17,23 +17,6 @@ def ensemble(scores: list[Tensor], how: str) -> Tensor:
     return reduce(scores, "layer image token -> image token", how)
 
 
-def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """What a module did to each token: ||after|| / ||before|| and cos(after, before), both (batch, length) float32."""
-    before, after = before.float(), after.float()
-    ratio = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
-    return ratio, torch.cosine_similarity(after, before, dim=-1)
-
-
-def token_transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
-    """TransPrune's token transition variation of one module (arXiv 2507.20630, Eq. 1-3).
-
-    All (images, tokens), the softmax over an image's tokens. The released code has 1 - cos where the paper prints
-    1 - |cos|; this is the code's.
-    """
-    direction = (1 - cosine).masked_fill(~valid, -torch.inf).softmax(1)
-    return direction * ratio
-
-
 def mean(scores: Tensor, valid: Tensor) -> Tensor:
     """The mean over each image's tokens: (images,)."""
     return scores.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Which tokens stay: pure functions from importances to a `Selection`.
+"""Which tokens stay: pure functions from importances to a `Choice`.
 
 Shapes: `scores` (images, tokens) float32; `seen.valid` (images, tokens) bool, False where an image has fewer tokens
 than the widest one; `keep` (images,) int64, the number that stays of each image.
@@ -11,28 +11,28 @@ import math
 import torch
 from torch import Tensor
 
-from vtc.choice import Seen, Selection
+from vtc.choice import Choice, Seen
 from vtc.grids import evenly_spaced, shares
 
 
-def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The `keep` highest scores of each image; among equals the earlier token wins."""
     order = scores.masked_fill(~seen.valid, -math.inf).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return Selection((rank < keep[:, None]) & seen.valid)
+    return Choice((rank < keep[:, None]) & seen.valid)
 
 
-def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at."""
     picked = torch.zeros_like(seen.valid)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
         for (height, width), (start, _, share) in zip(parts, shares(parts, count), strict=True):
             picked[image, [start + cell for cell in evenly_spaced(height, width, share)]] = True
-    return Selection(picked)
+    return Choice(picked)
 
 
-def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
+def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The highest scores of each grid of an image: tiles and frames share the image's `keep` by their sizes.
 
     At the encoder site only, where all tokens are there yet.
@@ -42,4 +42,4 @@ def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
         for start, end, share in shares(parts, count):
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
-    return Selection(picked)
+    return Choice(picked)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc import compact, merge
-from vtc.choice import Seen, Selection
+from vtc.choice import Choice, Seen
 from vtc.columns import Columns
 from vtc.features import Placed
 from vtc.grids import Grid
@@ -101,7 +101,7 @@ class Stream:
         before = entered.columns.place
         return (before >= 0) & (compact.gather(self.columns.place, self.source) != before)
 
-    def apply(self, choice: Selection, counts: list[int], scores: Tensor, hidden: Tensor) -> tuple[Stream, Tensor]:
+    def apply(self, choice: Choice, counts: list[int], scores: Tensor, hidden: Tensor) -> tuple[Stream, Tensor]:
         """What a choice, by which `counts` tokens of each image stay, leaves of the stream and of its states
         (batch, length, width)."""
         if choice.into is not None:
@@ -126,17 +126,25 @@ class Stream:
         return replace(self.weighed(gate), gate=gate)
 
     def stays(self, keep: Tensor) -> Tensor:
-        """(batch, length) bool: text stays, filling goes, visual tokens as `keep` (images, left) says."""
-        real = self.columns.place >= 0
-        spare = torch.cat((real, real[:, :1]), dim=1)  # the last column takes the writes of the tokens that stay
-        spare[self.row[:, None], torch.where(self.valid & ~keep, self.position, self.length)] = False
-        return spare[:, :-1]
+        """(batch, [heads,] length) bool: text stays, filling goes, tokens as `keep` (images, [heads,] left) says."""
+        real, heads = self.columns.place >= 0, keep.shape[1] if keep.ndim == 3 else 1
+        spare = torch.cat((real, real[:, :1]), dim=1)[:, None].repeat(1, heads, 1)
+        leaves = self.valid[:, None] & ~keep.view(len(keep), heads, -1)
+        # the last column takes the writes of the tokens that stay
+        spare[self.row[:, None, None], torch.arange(heads, device=keep.device)[:, None],
+              torch.where(leaves, self.position[:, None], self.length)] = False  # fmt: skip
+        return spare[..., :-1] if keep.ndim == 3 else spare[:, 0, :-1]
+
+    def lengths_after(self, counts: list[int]) -> list[int]:
+        """Real positions of each row when `counts` tokens of each image are left."""
+        lengths = list(self.lengths)
+        for row, before, after in zip(self.batch_rows, self.counts, counts, strict=True):
+            lengths[row] -= max(0, before - after)
+        return lengths
 
     def dropped(self, keep: Tensor, counts: list[int]) -> tuple[Stream, Tensor]:
         """Without the tokens that are not in `keep` (images, left) bool; and where those that are left were before."""
-        lengths = list(self.lengths)
-        for row, before, after in zip(self.batch_rows, self.counts, counts, strict=True):
-            lengths[row] -= before - after
+        lengths = self.lengths_after(counts)
         plan = compact.plan(self.stays(keep), lengths)
         order = (~keep).long().argsort(dim=1, stable=True)[:, : max(counts)]
         left = replace(

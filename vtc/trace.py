@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,22 +10,23 @@ from torch import Tensor
 
 from vtc.clock import Clock
 from vtc.grids import Grid
+from vtc.stage import Cache, Site
 
 
 @dataclass
 class StageTrace:
     """One stage of one forward. All tensors are padded to the widest image."""
 
-    layer: int
-    """The decoder layer before which the tokens left; 0 is the encoder site."""
+    site: Site
+    """Before which decoder layer the tokens left, 0 being the encoder site, or whose cache they left."""
     entered: Tensor
     """(images, tokens): index within its image of each token that entered the stage."""
     valid: Tensor
     """(images, tokens) bool: which entries of `entered` are tokens."""
     kept: Tensor
-    """(images, tokens) bool."""
+    """(images, tokens) bool; (images, key_heads, tokens) where the heads of a cache keep different ones."""
     scores: Tensor | None
-    """(images, tokens) float32; None where the stage had nothing to drop."""
+    """As `kept`, float32; None where the stage had nothing to drop."""
     into: Tensor | None = None
     """(images, tokens): the entry that took each one in, -1 where it was dropped; None where nothing was merged."""
     gate: Tensor | None = None
@@ -49,20 +51,35 @@ class Trace:
 
     def alive(self, layer: int) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""
+        self._check(layer)
+        past = [n for n, stage in enumerate(self.stages) if not isinstance(stage.site, Cache) and stage.site <= layer]
+        return self.kept(past[-1]) if past else self._per_row([torch.arange(size) for size in self.sizes])
+
+    def held(self, layer: int) -> list[Tensor]:
+        """For each batch row the sorted indices of the visual tokens whose keys and values a layer's cache holds after
+        the prefill: LongTensor (tokens,), or (key_heads, tokens) where its heads hold different ones."""
+        self._check(layer)
+        narrowed = [number for number, stage in enumerate(self.stages) if stage.site == Cache(layer)]
+        return self.kept(narrowed[-1]) if narrowed else self.alive(layer)
+
+    def _check(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
             raise IndexError(f"the decoder has layers 0 to {self.depth - 1}, not {layer}")
-        past = [number for number, stage in enumerate(self.stages) if stage.layer <= layer]
-        if past:
-            return self.kept(past[-1])
-        return self._per_row([torch.arange(size) for size in self.sizes], offset=True)
 
     def kept(self, stage: int = -1) -> list[Tensor]:
-        """For each batch row the sorted indices of the visual tokens left after a stage."""
+        """For each batch row the sorted indices of the visual tokens left after a stage, for each head where they
+        differ."""
         if not self.sizes:
-            return self._per_row([], offset=True)
+            return self._per_row([])
         record = self.stages[stage]
-        mask, entered = (record.kept & record.valid).cpu(), record.entered.cpu()
-        return self._per_row([index[keep] for index, keep in zip(entered, mask, strict=True)], offset=True)
+        kept, entered = record.kept.cpu(), record.entered.cpu()
+        masks = kept & (record.valid.cpu() if kept.ndim == 2 else record.valid.cpu()[:, None])
+        return self._per_row(
+            [
+                index[mask] if mask.ndim == 1 else torch.stack([index[head] for head in mask])
+                for index, mask in zip(entered, masks, strict=True)
+            ]
+        )
 
     def maps(self, stage: int = -1) -> list[list[Tensor]]:
         """For each image its grids (tiles, frames) as (height, width) bool: the tokens left after a stage."""
@@ -84,19 +101,28 @@ class Trace:
         if record.scores is None:
             raise ValueError("this stage kept every token, so nothing was scored")
         valid, scores = record.valid.cpu(), record.scores.float().cpu()
-        return self._per_row([score[is_token] for score, is_token in zip(scores, valid, strict=True)], offset=False)
+        return self._per_row(
+            [score[..., is_token] for score, is_token in zip(scores, valid, strict=True)], offset=False
+        )
 
     @property
     def tokens_per_layer(self) -> Tensor:
         """LongTensor (batch, decoder layers): visual tokens that entered each layer."""
-        return torch.tensor(
-            [[len(index) for index in self.alive(layer)] for layer in range(self.depth)], dtype=torch.long
-        ).T.reshape(self.batch, self.depth)
+        return self._counts(self.alive)
+
+    @property
+    def held_per_layer(self) -> Tensor:
+        """LongTensor (batch, decoder layers): visual tokens that each layer's cache holds after the prefill."""
+        return self._counts(self.held)
 
     @property
     def average_tokens(self) -> Tensor:
-        """FloatTensor (batch): visual tokens averaged over the decoder layers, all images of a row together."""
-        return self.tokens_per_layer.float().mean(1)
+        """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together."""
+        return self.held_per_layer.float().mean(1)
+
+    def _counts(self, of: Callable[[int], list[Tensor]]) -> Tensor:
+        counts = [[index.shape[-1] for index in of(layer)] for layer in range(self.depth)]
+        return torch.tensor(counts, dtype=torch.long).T.reshape(self.batch, self.depth)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -104,11 +130,12 @@ class Trace:
         decoder), decode (all later steps)."""
         return self.clock.seconds()
 
-    def _per_row(self, per_image: list[Tensor], offset: bool) -> list[Tensor]:
+    def _per_row(self, per_image: list[Tensor], offset: bool = True) -> list[Tensor]:
+        """What is known of each image, put together for each batch row; `offset`: it counts an image's tokens."""
         rows: list[list[Tensor]] = [[] for _ in range(self.batch)]
         before = [0] * self.batch
         for row, size, values in zip(self.rows, self.sizes, per_image, strict=True):
             rows[row].append(values + before[row] if offset else values)
             before[row] += size
         empty = torch.empty(0, dtype=torch.long if offset else torch.float32)
-        return [torch.cat(parts) if parts else empty for parts in rows]
+        return [torch.cat(parts, dim=-1) if parts else empty for parts in rows]

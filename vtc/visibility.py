@@ -59,7 +59,7 @@ class Visibility:
         return columns, block.masked_fill(columns < self.start, -1)
 
     def rows(self, layer: int, keys: Columns, queries: Tensor) -> Tensor:
-        """What the tokens of `queries` (batch, queries) columns see of a layer's keys: (batch, [heads,] queries, keys)."""
+        """What `queries` (batch, queries) columns see of a layer's keys: (batch, [heads,] queries, keys)."""
         query = self._sight(queries.view(len(queries), *(1,) * (keys.place.ndim - 2), -1))
         return self.sees(layer, _spread(query, -1), _spread(self._sight(keys.place), -2))
 

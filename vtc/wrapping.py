@@ -11,7 +11,7 @@ from torch import nn
 
 from vtc import hooks
 from vtc.compression import Compression
-from vtc.methods import methods
+from vtc.methods import find_method
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 
@@ -26,7 +26,8 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
 
     Args:
         model: a Hugging Face vision-language model of a family that `vtc` has an adapter for.
-        method: a name out of `vtc.methods()` or a method object such as `FastV(layer=3, ratio=0.5)`.
+        method: a name out of `vtc.list_methods()`, what else `vtc.find_method` takes, or a method object such as
+            `FastV(layer=3, ratio=0.5)`.
         budget: visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's
             tokens (float in (0, 1]). None: the method's own defaults.
 
@@ -42,7 +43,7 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
-    compression = Compression(model, _resolve(method), budget)
+    compression = Compression(model, find_method(method), budget)
     unwrap(model)
     hooks.install(compression)
     model.vtc = compression
@@ -69,15 +70,6 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
         if before is not None:
             hooks.install(before)
             model.vtc = before
-
-
-def _resolve(method: str | Method) -> Method:
-    if isinstance(method, Method):
-        return method
-    known = methods()
-    if method not in known:
-        raise ValueError(f"unknown method {method!r}; vtc knows {', '.join(sorted(known))}")
-    return known[method]()
 
 
 class LiveTrace:

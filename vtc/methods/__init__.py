@@ -1,20 +1,64 @@
-"""One file a paper. A file here that defines a `Method` with a `name` is a method; nothing else registers it."""
+"""One file a paper. A file here that defines a `Method` with a `name` is a method; nothing else registers it.
+
+Methods of other packages come through the entry-point group `vtc.methods`, or by "package.module:Class".
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import reprlib
 from functools import cache
+from importlib.metadata import entry_points
 
-from vtc.stage import Method
+from vtc.stage import Method, read_json
 
 
 @cache
-def methods() -> dict[str, type[Method]]:
-    """All methods by name, in alphabetical order."""
+def list_methods() -> dict[str, type[Method]]:
+    """All methods by name, in alphabetical order: those of vtc, and those of installed packages."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
         for thing in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(thing, type) and issubclass(thing, Method) and hasattr(thing, "name"):
+            if isinstance(thing, type) and issubclass(thing, Method) and "name" in vars(thing):
                 found[thing.name] = thing
+    for entry in entry_points(group="vtc.methods"):
+        found[entry.name] = _checked(entry.load(), entry.value)
     return dict(sorted(found.items()))
+
+
+def find_method(name: str | Method) -> Method:
+    """The method that a text stands for.
+
+    Args:
+        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`
+            or `vtc tune` wrote; a method stands for itself.
+
+    Raises:
+        ValueError: what names no method, with the known ones, or with the file and the field that is wrong.
+        OSError: a file that cannot be read.
+    """
+    if isinstance(name, Method):
+        return name
+    if name.endswith(".json"):
+        settings = read_json(name)
+        return _kind(settings.pop("method", None), f"{name}: method is ").described(settings, name)
+    return _kind(name, "unknown method ")()
+
+
+def _kind(name: object, complaint: str) -> type[Method]:
+    if isinstance(name, str) and ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return _checked(getattr(importlib.import_module(module), attribute), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{complaint}{name!r}: {error}") from error
+    if not isinstance(name, str) or name not in list_methods():
+        raise ValueError(f"{complaint}{reprlib.repr(name)}; vtc knows {', '.join(list_methods())}")
+    return list_methods()[name]
+
+
+def _checked(thing: object, source: str) -> type[Method]:
+    if not (isinstance(thing, type) and issubclass(thing, Method)):
+        raise ValueError(f"{source} is no subclass of vtc.Method")
+    return thing

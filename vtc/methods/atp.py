@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from einops import rearrange
 from pydantic import Field, PositiveFloat
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtc import scores
-from vtc.choice import Seen, Selection
-from vtc.observe import SelfLogits, TextRow
-from vtc.stage import Budget, BudgetError, Layer, Method, Shape, Stage, read_json
+from vtc.adapter import Adapter
+from vtc.choice import Choice, Seen
+from vtc.need import Need
+from vtc.observe import TextRow
+from vtc.stage import Layer, Shape, Stage
+from vtc.trained import Trained
+from vtc.view import View
 
 PAPER_LAYERS = 4, 14, 24
 """Of the 32 of a LLaVA-1.5-7B."""
+
+
+@dataclass(frozen=True)
+class SelfLogits(Need):
+    """Mean pre-softmax logit that each visual token receives from its image's tokens in decoder layer `layer`.
+
+    (images, 1, tokens), heads averaged. Logits are linear in the query, so the mean query stands for all of them.
+    """
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        adapter, valid = view.adapter, view.alive
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+
+        def visual(x: Tensor) -> Tensor:
+            rotated = view.rotated(self.layer, x).float()
+            return rearrange(
+                view.of_tokens(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
+            )
+
+        query, key = visual(attention.queries(record["query"])), visual(attention.keys(record["key"]))
+        mean = (query * valid[:, None, :, None]).sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
+        mean = rearrange(mean, "i (g r) d -> i g r d", g=attention.key_heads).mean(2)
+        return (torch.einsum("igd,ignd->in", mean, key) / attention.key_heads * attention.scale)[:, None]
 
 
 class Thresholds(nn.Module):
@@ -42,7 +71,7 @@ class Thresholds(nn.Module):
 
 
 @dataclass(frozen=True)
-class Atp(Method):
+class Atp(Trained):
     """Keep what passes trained thresholds on a redundancy score or on a spatial one, image by image, layer by layer.
 
     "ATP-LLaVA: Adaptive Token Pruning for Large Vision Language Models" (arXiv 2412.00447). Eq. 3-5: the redundancy
@@ -68,8 +97,6 @@ class Atp(Method):
     """R of each module: the share of the image's tokens on the lattice, as near as a whole step in both axes comes."""
     sharpness: PositiveFloat = 10.0
     """tau, the slope of the gates in training."""
-    modules: nn.ModuleList | None = field(default=None, compare=False, repr=False)
-    """The trained `Thresholds`. None: those that lie beside the model's checkpoint, by budget."""
 
     name: ClassVar[str] = "atp"
     paper: ClassVar[str] = "ATP-LLaVA, arXiv 2412.00447"
@@ -98,7 +125,9 @@ class Atp(Method):
 
         return Stage(layer, score, (own, cross), partial(self._select, number, parts))
 
-    def _select(self, number: int, parts, redundancy: Tensor, seen: Seen, keep: Tensor) -> Selection:
+    def _select(
+        self, number: int, parts: Callable[[Seen], tuple[Tensor, Tensor]], redundancy: Tensor, seen: Seen, keep: Tensor
+    ) -> Choice:
         thresholds = self.modules[number]
         means = torch.stack([scores.mean(part, seen.valid) for part in parts(seen)], dim=1)
         redundant, spatial = (threshold[:, None] for threshold in thresholds(means))
@@ -108,10 +137,10 @@ class Atp(Method):
                 ((score - threshold) * self.sharpness).sigmoid()
                 for score, threshold in ((redundancy, redundant), (lattice, spatial))
             ]
-            return Selection(torch.ones_like(seen.valid), gate=torch.maximum(*gates))
+            return Choice(torch.ones_like(seen.valid), gate=torch.maximum(*gates))
         best = redundancy.masked_fill(~seen.valid, -torch.inf)
         best = best == best.amax(1, keepdim=True)
-        return Selection(((redundancy > redundant) | (lattice > spatial) | best) & seen.valid)
+        return Choice(((redundancy > redundant) | (lattice > spatial) | best) & seen.valid)
 
     def _lattice(self, rate: float, seen: Seen) -> Tensor:
         """The spatial score: (images, tokens), 1 - 3 R on every n-th row and column, n = round(sqrt(1 / R)), else 0."""
@@ -120,85 +149,11 @@ class Atp(Method):
         on = (row % step == 0) & (column % step == 0)
         return on * max(0.0, 1 - 3 * rate)
 
-    def keep(self, tokens: int, budget: Budget | None, shape: Shape) -> tuple[int, ...]:
-        """All under a full budget; else nobody knows before it is seen, and at least one."""
-        return (tokens if _is_full(budget, tokens) else min(1, tokens),) * len(self.stages(shape))
-
     # -- the trained modules --------------------------------------------------------------------------------------
 
     def untrained(self, shape: Shape, width: int) -> Atp:
         """With new modules for this model, ready for training; `width` is the decoder's."""
-        modules = nn.ModuleList(Thresholds(width) for _ in self.stages(shape))
-        return replace(self, modules=modules)
+        return replace(self, modules=nn.ModuleList(Thresholds(width) for _ in self.stages(shape)))
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(replace(self, modules=None)).items() if name != "modules"}
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the hyper-parameters. Raises ValueError where modules would be lost: they need `save_pretrained`."""
-        if self.modules is not None:
-            raise ValueError("trained modules do not fit into a JSON file: use save_pretrained(folder)")
-        super().to_json(path)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
-        save_file(
-            {name: value.cpu() for name, value in self.modules.state_dict().items()}, folder / "model.safetensors"
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Atp:
-        """Read what `save_pretrained` wrote.
-
-        Raises OSError where there is nothing of the kind, and ValueError with the file's name where it is damaged.
-        """
-        config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-        method = cls.described(read_json(config), config)
-        try:
-            state = load_file(weights)
-            modules = nn.ModuleList(Thresholds(state["0.mix.bias"].numel()) for _ in method.rates)
-            modules.load_state_dict(state)
-        except (SafetensorError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{weights} does not hold {len(method.rates)} modules of atp: {error}") from None
-        if not all(weight.isfinite().all() for weight in state.values()):
-            raise ValueError(f"{weights} holds numbers that are not finite: train these modules anew")
-        return replace(method, modules=modules.eval().requires_grad_(False))
-
-    def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Atp:
-        """With the modules on the model's device; without modules, those in `<checkpoint>/atp/<budget>`.
-
-        Raises ValueError where there are none for this budget: a BudgetError where it is lower than all that are.
-        """
-        if self.modules is not None:
-            return replace(self, modules=self.modules.to(model.device))
-        if _is_full(budget, tokens):
-            return self
-        home = getattr(model.config, "_name_or_path", "")  # empty where the model was not loaded from anywhere
-        trained = _trained(Path(home) / "atp") if home else {}
-        wanted = budget / tokens if isinstance(budget, int) and tokens else budget
-        for fraction, path in trained.items():
-            if wanted is not None and abs(fraction - wanted) < 0.5 / (tokens or 1e6):
-                return Atp.from_pretrained(path).bind(model, budget, tokens)
-        message = (
-            f"atp is trained for one model and one budget, and {Path(home) / 'atp' if home else 'this model'} has "
-            f"modules for {', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: "
-            "train them with `vtc train atp --model PATH --budget B`, or pass Atp.from_pretrained(folder)"
-        )
-        if trained and wanted is not None and wanted < min(trained):
-            raise BudgetError(message, floor=min(trained))
-        raise ValueError(message)
-
-
-def _is_full(budget: Budget | None, tokens: int | None) -> bool:
-    """Whether a budget is all of an image's tokens, as far as their number is known."""
-    if isinstance(budget, int):
-        return tokens is not None and budget >= tokens
-    return budget == 1.0
-
-
-def _trained(home: Path) -> dict[float, Path]:
-    """The folders of modules in `home`, by the fraction that each is named after."""
-    return {float(path.name): path for path in home.glob("0.*") if path.is_dir() and path.name[2:].isdecimal()}
+    def built(self, state: dict[str, Tensor]) -> nn.ModuleList:
+        return nn.ModuleList(Thresholds(state["0.mix.bias"].numel()) for _ in self.rates)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vtc import scores
+from vtc.adapter import Adapter
 from vtc.choice import Seen
-from vtc.observe import TextRow, TokenTransition
+from vtc.need import Need
+from vtc.observe import TextRow
 from vtc.stage import Layer, Method, Shape, Share, Stage
+from vtc.view import View
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,41 @@ class TransPrune(Method):
 
     def ratios(self) -> tuple[float, ...]:
         return self.keep_ratios
+
+
+@dataclass(frozen=True)
+class TokenTransition(Need):
+    """How strongly the two modules of decoder layer `layer` change each token: (images, 1, tokens).
+
+    `token_transition` of the attention and of the feed-forward module, summed; each from its normed input and
+    its output before the residual addition.
+    """
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return adapter.branches(adapter.layers[self.layer])
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        valid = view.alive
+        total = 0
+        for module in ("attention", "feed-forward"):
+            ratio, cosine = change(record[f"{module} in"], record[f"{module} out"])
+            ratio, cosine = view.of_tokens(torch.stack((ratio, cosine), dim=1)).unbind(1)
+            total = total + token_transition(ratio, cosine, valid)
+        return total[:, None]
+
+
+def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module did to each token: ||after|| / ||before|| and cos(after, before), both (batch, length) float32."""
+    before, after = before.float(), after.float()
+    ratio = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
+    return ratio, torch.cosine_similarity(after, before, dim=-1)
+
+
+def token_transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
+    """TransPrune's token transition variation of one module (arXiv 2507.20630, Eq. 1-3).
+
+    All (images, tokens), the softmax over an image's tokens. The released code has 1 - cos where the paper prints
+    1 - |cos|; this is the code's.
+    """
+    direction = (1 - cosine).masked_fill(~valid, -torch.inf).softmax(1)
+    return direction * ratio

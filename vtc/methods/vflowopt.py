@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from operator import mul
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field, NonNegativeFloat
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtc import merge, select
-from vtc.choice import Seen
-from vtc.observe import PatchEntropy, RelevantAttention
+from vtc import scores
+from vtc.adapter import Adapter
+from vtc.choice import Choice, Seen
+from vtc.grids import Grid
+from vtc.need import Need
+from vtc.observe import ReceivedAttention, Tower
+from vtc.select import top_k
 from vtc.stage import Layer, Method, Shape, Share, Stage
 
 
@@ -66,8 +72,98 @@ class VFlowOpt(Method):
 
         needs = (attention, *entropy)
         sites = (0, *shape.layers(self.layers, 9, 18, of=28))
-        selects = (partial(merge.recycle, cell=self.cell), select.top_k, select.top_k)
+        selects = (partial(recycle, cell=self.cell), top_k, top_k)
         return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
 
     def ratios(self) -> tuple[float, ...]:
         return tuple(accumulate(self.retain, mul))
+
+
+@dataclass(frozen=True)
+class RelevantAttention(ReceivedAttention):
+    """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
+
+    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
+    """
+
+    threshold: float
+
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        states = tower.states(self.layer, record)
+        received = self.paid(states, tower)
+        valid = torch.ones_like(received, dtype=torch.bool)
+        if states.valid is not None:
+            valid = states.valid[:, int(tower.adapter.has_cls()) :]
+        important = (received > self.threshold * scores.mean(received, valid)[:, None]) & valid
+        important = important | ~important.any(1, keepdim=True)
+        return self.paid(states, tower, important)[:, None]
+
+
+@dataclass(frozen=True)
+class PatchEntropy(Need):
+    """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
+
+    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4). What pixels were normalised by
+    is known from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
+    """
+
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        if not adapter.has_pixels:
+            raise ValueError("this method looks at the pixels of patches, which this family packs: set its weight to 0")
+        if adapter.image_processor is None:
+            raise ValueError(
+                "the entropy of patches needs the mean and deviation that pixels were normalised by, and beside this "
+                f"model's checkpoint {adapter.model.config._name_or_path!r} is no image processor: save it there with "
+                "processor.save_pretrained(folder), or set the weight of the entropy to 0"
+            )
+        return {}
+
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        pixels, processor = tower.adapter.pixels(tower.call).float(), tower.adapter.image_processor
+        if processor.do_normalize:
+            mean, std = (pixels.new_tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
+            pixels = pixels * std + mean
+        levels = pixels / processor.rescale_factor if processor.do_rescale else pixels
+        grey = levels.mean(2).round().clamp(0, 255).long()
+        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
+            2, grey, torch.ones_like(grey, dtype=torch.float32)
+        )
+        entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
+        return entropy.softmax(1)[:, None]
+
+
+def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Choice:
+    """VFlowOpt's recycling (arXiv 2508.05211, Eq. 6-7): the best stay, the others become one token a grid cell.
+
+    `cell` is the side of a cell as a part of the grid's. The token of a cell sits where its most important member was.
+    Only for a site where no token has left yet, so that the grid is whole.
+    """
+    cells = torch.stack([_cells(tuple(parts), cell, scores.shape[1]) for parts in seen.parts]).to(scores.device)
+    number = int(cells.max()) + 1
+    best = top_k(scores, seen, (keep - cells.amax(1) - 1).clamp(min=0)).keep
+    group = torch.where(seen.valid & ~best, cells, number)  # the last group takes all that is not recycled
+    floor = scores.new_full((len(scores), number + 1), -math.inf)
+    highest = floor.scatter_reduce(1, group, scores, "amax").gather(1, group)
+    first = (scores == highest) & (group < number)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(group)
+    leader = torch.full_like(floor, scores.shape[1], dtype=torch.long)
+    leader = leader.scatter_reduce(1, group, torch.where(first, place, scores.shape[1]), "amin").gather(1, group)
+    leads = (leader == place) & (group < number)
+    stays = top_k(torch.where(best | leads, scores + scores.abs().max() * 2 + 1, scores), seen, keep).keep
+    led = (group < number) & ~stays & stays.gather(1, leader.clamp(max=scores.shape[1] - 1))
+    return Choice(stays, torch.where(stays, place, torch.where(led, leader, -1)))
+
+
+@lru_cache(maxsize=64)
+def _cells(parts: tuple[Grid, ...], cell: float, length: int) -> Tensor:
+    """The cell of each token, counted on from grid to grid, padded to `length`."""
+    columns = math.ceil(1 / cell)
+    cells = []
+    for number, (height, width) in enumerate(parts):
+        row = (torch.arange(height) / (cell * height)).floor().long()
+        column = (torch.arange(width) / (cell * width)).floor().long()
+        cells.append((row[:, None] * columns + column).flatten() + number * columns**2)
+    cells = torch.cat(cells).unique(return_inverse=True)[1]  # cells without a token do not count
+    return torch.nn.functional.pad(cells, (0, length - len(cells)))

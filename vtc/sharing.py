@@ -35,7 +35,7 @@ def prefix(model: nn.Module, **inputs: Any) -> Cache:
     """
     if (compression := model.__dict__.get("vtc")) is None:
         raise ValueError("wrap the model first: vtc.wrap(model, 'vtc-cls', budget=0.25)")
-    if late := [stage.layer for stage in compression.stages if stage.layer]:
+    if late := [stage.site for stage in compression.stages if stage.site != 0]:
         raise ValueError(
             f"{compression.method.name} drops before decoder layers {late}, where the question matters: prompts can "
             "share what a method does before the decoder only, such as vtc-cls, tome or uniform"

@@ -1,0 +1,46 @@
+"""The baseline of the cache site: random keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Annotated, ClassVar
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor
+
+from vtc.choice import Seen
+from vtc.stage import Cache, Method, Shape, Stage
+
+
+@dataclass(frozen=True)
+class RandomKv(Method):
+    """Keep a random subset of the visual keys and values in each layer's cache, for decoding; prefill is as before.
+
+    The subset depends on the seed, the layer, the head and the patch's place alone.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    per_head: bool = True
+    """Whether each key head keeps its own."""
+
+    name: ClassVar[str] = "random-kv"
+    paper: ClassVar[str] = "baseline"
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        heads = shape.key_heads if self.per_head else 1
+        return tuple(Stage(Cache(layer), partial(self._scores, layer, heads)) for layer in range(shape.decoder_layers))
+
+    def _scores(self, layer: int, heads: int, seen: Seen) -> Tensor:
+        scores = rearrange(
+            _draw(self.seed, layer, heads).to(seen.index.device)[seen.index], "image token head -> image head token"
+        )
+        return scores if self.per_head else scores[:, 0]
+
+
+@lru_cache(maxsize=128)
+def _draw(seed: int, layer: int, heads: int) -> Tensor:
+    """(patches, heads): more than any image has, so that a patch's draw does not depend on the others."""
+    return torch.rand(1 << 14, heads, generator=torch.Generator().manual_seed(seed * 1009 + layer))
