@@ -370,3 +370,19 @@ def test_open_image_says_why_not(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
     bad("cut.png", "damaged image")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_16_bits_are_scaled_not_clipped(tmp_path, suffix):
+    levels = np.array([[0, 3 * 257, 128 * 257, 200 * 257 + 100, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    image = open_image(tmp_path / f"deep.{suffix}")
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 3, 128, 200, 255)]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_grey_of_unknown_range_is_refused(tmp_path, kind):
+    Image.fromarray(np.array([[0, 70_000]], dtype=kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match="grey values from 0 to 70000"):
+        open_image(tmp_path / "deep.tiff")
