@@ -108,6 +108,19 @@ def _find_on_hub(name: str) -> None:
         raise OSError(f"{unknown} cannot be asked ({reason})") from None
 
 
+def pick_device(name: str) -> str:
+    """The device to run on; "auto" is CUDA where there is one, otherwise the CPU."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def load(path: str, device: str, max_new_tokens: int = 8) -> Reader:
     """Load a checkpoint in its own dtype, ready to answer batches: eval mode, left padding, a pad token.
 
