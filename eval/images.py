@@ -52,6 +52,14 @@ def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
     return grey.point(lambda value: value / 257 + 0.5).convert("L")
 
 
+def check_picture_path(path: Path) -> None:
+    """Refuse, before any work is done, a path that no picture can be written to."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: name an image file, for example picture.png")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+
+
 def seen_box(size: tuple[int, int], image_processor: Any) -> tuple[int, int, int, int]:
     """The part of a (width, height) image that the model sees: (left, top, right, bottom) in pixels.
 

@@ -74,8 +74,7 @@ class Reader:
 def model_path(name: str) -> str:
     """The folder of the shipped reference model for "reference"; any other name is a path or a hub id as it stands.
 
-    Raises ValueError for what is no model folder, and OSError for a name that neither lies in the hub's cache nor can be
-    found on the hub.
+    Raises ValueError for what is no model folder, and OSError for a name that neither the hub's cache nor the hub has.
     """
     if name == "reference":
         from vtc.eval import reference

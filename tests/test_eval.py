@@ -6,11 +6,13 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
 import vtc
@@ -309,6 +311,34 @@ def test_smaller_image_refuses_a_tower_that_cannot(settings, tmp_path, monkeypat
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         model_path(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ConnectionError("no way out"), r"cannot be asked \(no way out\)"),
+        (TimeoutError(), r"cannot be asked \(TimeoutError\)"),
+        (RepositoryNotFoundError("404", response=Mock()), "shows no model of that name"),
+    ],
+)
+def test_an_unknown_model_is_asked_for_once(monkeypatch, failure, reason):
+    asked = Mock(side_effect=failure)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    with pytest.raises(OSError, match=rf"'nobody/nothing': there is no such folder, .*'reference'.*{reason}"):
+        model_path("nobody/nothing")
+    asked.assert_called_once()
+
+
+def test_a_model_on_the_hub_is_its_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())
+    assert model_path("nobody/nothing") == "nobody/nothing"
+
+
+def test_vtc_load(tiny):  # noqa: F811
+    model, processor = vtc.load(str(tiny), device="cpu")
+    assert (model.training, processor.tokenizer.padding_side) == (False, "left")
+    shipped, _ = vtc.load(device="cpu")
+    assert shipped.config._name_or_path == model_path("reference")
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def described() -> dict[str, tuple[str, str]]:
-    """(first line of the docstring, paper) by name, read from the files: importing them takes seconds, as torch does."""
+    """(first line of the docstring, paper) by name, read from the files: importing them would load torch."""
     found = {}
     for path in Path(__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -42,5 +42,7 @@ def _texts(node: ast.ClassDef) -> dict[str, str]:
     return {
         line.target.id: line.value.value
         for line in node.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
     }
