@@ -136,15 +136,17 @@ def main() -> None:
         folder = Path(name)
         wheel = build(folder)
         print(wheel.name)
-        shutil.copy(ROOT / "demo/screenshot.png", folder / "photo.png")
         for extra in sys.argv[1:] or EXTRAS:
             python = environment(folder, wheel, extra)
+            work = python.parents[1] / "work"
+            work.mkdir()
+            shutil.copy(ROOT / "demo/screenshot.png", work / "photo.png")
             has = {extra, "eval"} if extra == "demo" else {extra}
             print(f"\n{NAME}{f'[{extra}]' * bool(extra)}")
             for command, needs in COMMANDS.items():
                 if extra and not needs:
                     continue
-                worked, last = run(python, command, folder)
+                worked, last = run(python, command, work)
                 named = re.search(rf"pip install '{NAME}\[([\w-]+)\]'", last)
                 right = worked if needs <= has else bool(named) and named[1] in needs - has
                 failed += not right
