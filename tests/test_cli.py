@@ -240,3 +240,12 @@ def test_bench_tells_how_far_it_is_when_piped(tiny):  # noqa: F811
     assert above == "note: a budget of 99 is above the image's 16 visual tokens: none are dropped"
     assert steps[:2] == ["preparing the prompts", "warming up, 1 of 7"]
     assert re.fullmatch(r"round 1 of 1, 7 of 7, about \d+ s left", steps[-1])
+
+
+def test_the_bar_of_eval_stays_out_of_its_table(tiny, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    done = run_vtc("eval", "--model", tiny, "--methods", "random", "--budgets", "4", "--limit", 1, "--out", out)
+    assert done.returncode == 0
+    assert "random" in done.stdout
+    assert "questions ━" not in done.stdout
+    assert "questions ━" in done.stderr

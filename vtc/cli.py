@@ -169,7 +169,7 @@ def evaluate(
         return
     settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
     _say(f"loading {model}")
-    rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=console)
+    rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=Console(stderr=True))
     if dry_run:
         console.print(REHEARSED)
         return
