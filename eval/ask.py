@@ -6,14 +6,16 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import vtc
 from vtc.eval.images import overlay, seen_box
-from vtc.eval.reader import Reader
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from vtc.eval.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Answer:
 
 def ask(reader: Reader, image: Image.Image, question: str, method: str | None, budget: int | float) -> Answer:
     """Answer `question` with `method` at `budget`, or with the untouched model where `method` is None."""
+    import torch
+
     inputs = reader.inputs([image], [question])
     total = int(reader.visual_tokens(inputs)[0])
     with vtc.compressed(reader.model, method, budget) if method else nullcontext() as trace:
@@ -41,14 +45,6 @@ def ask(reader: Reader, image: Image.Image, question: str, method: str | None, b
         if trace is None:
             return Answer(text, total, float(total), torch.arange(total), seconds)
         return Answer(text, total, float(trace.average_tokens[0]), trace.kept()[0], seconds)
-
-
-def check_overlay_path(path: Path) -> None:
-    """Refuse, before any work is done, a path that no picture can be written to."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path}: name an image file, for example overlay.png")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
 
 
 def save_overlay(reader: Reader, image: Image.Image, answer: Answer, path: Path) -> None:

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import vtc
-from vtc import cost
+from vtc import adapter, cost
 from vtc.eval import shapes
 
 PARTS = {
@@ -39,6 +37,10 @@ PARTS = {
 """What is compared; the first token is vision tower and prefill together."""
 OWN = ("score", "select", "compact")
 """What compression itself costs; parts of `first`."""
+NOISE = 0.2
+"""Where a ratio of seconds ranges over the rounds by more than this share of itself, nothing is concluded from it."""
+Step = Callable[[str], None]
+"""Told what begins, in words."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +59,46 @@ class Case:
 
 @torch.inference_mode()
 def bench(
-    model: torch.nn.Module, arms: Sequence[tuple[str | vtc.Method, vtc.stage.Budget]], case: Case
+    model: torch.nn.Module,
+    arms: Sequence[tuple[str | vtc.Method, vtc.stage.Budget]],
+    case: Case,
+    step: Step = lambda text: None,
 ) -> list[dict[str, Any]]:
     """For each (method, budget): medians over rounds for the full, the pruned and the natively short model.
 
-    One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "own", "binds"}. "full", "pruned" and
-    "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. In a round all take turns.
+    One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "range", "own", "noisy", "binds"}. "full",
+    "pruned" and "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. "range" holds
+    the least and the greatest ratio over the rounds: "gain" (full to pruned) and "possible" (full to limit) by part.
+    "noisy" lists the parts whose ratios differ between the rounds by more than `NOISE`. In a round all take turns.
     """
     if case.compiled:
-        _compile(vtc.adapter.find(model).layers)
+        _compile(adapter.find(model).layers)
+    step("preparing the prompts")
     inputs = shapes.prompt(model, case.batch, case.prompt_tokens, case.pixels)
     counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
     text = case.prompt_tokens
-    rounds = [
-        _round(model, arms, inputs, {n + text for arm in counts for n in arm}, case, seed)
-        for seed in track(range(case.rounds + 1), description="measuring", console=Console(stderr=True))
-    ][1:]  # the first warms up
+    works = _works(model, arms, inputs, {n + text for arm in counts for n in arm}, case)
+    rounds = take_turns(works, case.rounds, step)
     full = _median([runs["full"] for runs in rounds])
-    short = {n: _median([runs[n] for runs in rounds]) for n in rounds[0] if isinstance(n, int)}
     total = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
     rows = []
     for number, ((method, budget), layers) in enumerate(zip(arms, counts, strict=True)):
         pruned = _median([runs["pruned", number] for runs in rounds])
+        limits = [_limit(runs["full"], [runs[n + text] for n in layers]) for runs in rounds]
+        ranges = {
+            "gain": _ranges([(runs["full"], runs["pruned", number]) for runs in rounds]),
+            "possible": _ranges([(runs["full"], limit) for runs, limit in zip(rounds, limits, strict=True)]),
+        }
         row = {
             "method": method if isinstance(method, str) else method.name,
             "budget": budget,
             "tokens": {"full": total, "average": statistics.mean(layers), "last": layers[-1], "text": text},
             "full": full,
             "pruned": {part: pruned[part] for part in full},
-            "limit": _limit(full, [short[n + text] for n in layers]),
+            "limit": _median(limits),
+            "range": ranges,
             "own": {part: pruned.get(part, 0.0) for part in OWN},
+            "noisy": noisy(ranges),
         }
         rows.append({**row, "binds": what_binds(model, row, layers)})
     return rows
@@ -98,10 +110,13 @@ def _tokens_per_layer(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tens
     return trace.tokens_per_layer[0].tolist()
 
 
-def _round(
-    model: torch.nn.Module, arms: Sequence[tuple], inputs: dict, lengths: set[int], case: Case, seed: int
-) -> dict:
-    """Each once, in an order of this round's own: what ran just before tells in caches and in the allocator."""
+Work = Callable[[], dict[str, float]]
+
+
+def _works(
+    model: torch.nn.Module, arms: Sequence[tuple], inputs: dict, lengths: set[int], case: Case
+) -> dict[Any, Work]:
+    """What takes turns: "full", ("pruned", number of the arm), and for natively short prompts their length."""
 
     def pruned(arm: tuple) -> dict[str, float]:
         with vtc.compressed(model, *arm) as trace:
@@ -113,8 +128,46 @@ def _round(
 
     works = {"full": lambda: _run(model, inputs, case)}
     works |= {("pruned", number): functools.partial(pruned, arm) for number, arm in enumerate(arms)}
-    works |= {length: functools.partial(short, length) for length in sorted(lengths)}
-    return {name: works[name]() for name in random.Random(seed).sample([*works], len(works))}
+    return works | {length: functools.partial(short, length) for length in sorted(lengths)}
+
+
+def take_turns(works: dict[Any, Work], rounds: int, step: Step) -> list[dict[Any, dict[str, float]]]:
+    """What each work returns in each round, after a round that warms up.
+
+    Each round has an order of its own: what ran just before tells in caches and in the allocator. `step` hears how far
+    it is and, once every work has run, how long the rest will take: as long as each took when it ran last.
+    """
+    found, last = [], {}
+    for number in range(rounds + 1):
+        results = {}
+        for name in random.Random(number).sample([*works], len(works)):
+            at = f"round {number} of {rounds}" if number else "warming up"
+            left = sum(last.get(work, 0) for work in works if work not in results) + (rounds - number) * sum(
+                last.values()
+            )
+            step(f"{at}, {len(results) + 1} of {len(works)}" + (f", about {left:.0f} s left" if number else ""))
+            start = time.perf_counter()
+            results[name] = works[name]()
+            last[name] = time.perf_counter() - start
+        found.append(results)
+    return found[1:]
+
+
+def _ranges(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, tuple[float, float]]:
+    """The least and the greatest ratio of each part that both have."""
+    ratios = {part: [one[part] / other[part] for one, other in pairs] for part in PARTS if part in pairs[0][1]}
+    return {part: (min(found), max(found)) for part, found in ratios.items()}
+
+
+def wide(low: float, high: float) -> bool:
+    """Whether a range is wider than `NOISE` of its middle."""
+    return high - low > NOISE * (low + high) / 2
+
+
+def noisy(ranges: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
+    """The parts with a ratio of seconds whose range over the rounds is too wide."""
+    seconds = [part for part in PARTS if not part.endswith("bytes")]
+    return [part for part in seconds if any(part in kind and wide(*kind[part]) for kind in ranges.values())]
 
 
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -220,7 +273,7 @@ def what_binds(model: torch.nn.Module, row: dict[str, Any], layers: Sequence[int
             f"The vision tower binds: {vision:.0%} of the time to the first token passes before the decoder, out of "
             "reach of what is dropped there. Fewer tiles, a smaller image or merging inside the tower would help."
         )
-    config = vtc.adapter.find(model).decoder.config
+    config = adapter.find(model).decoder.config
     flops = cost.speed_up_limit(layers, tokens["full"], tokens["text"], config)
     gain = full["prefill"] / limit["prefill"]
     if gain > 0.7 * flops:
@@ -232,30 +285,56 @@ def what_binds(model: torch.nn.Module, row: dict[str, Any], layers: Sequence[int
 
 
 def table(row: dict[str, Any], title: str) -> Table:
-    """Each part: full, pruned, their ratio, the ratio that was possible, and how much of it was reached."""
-    full, pruned, limit = row["full"], row["pruned"], row["limit"]
-    own = ", ".join(f"{part} {1e3 * seconds:.2f} ms" for part, seconds in row["own"].items())
-    share = sum(row["own"].values()) / pruned["first"]
-    caption = (
-        "possible: the same model on a prompt that is short from the start",
-        f"compression itself: {own}; {share:.1%} of the first token",
-        row["binds"],
-    )
-    grid = Table(title=title, caption="\n".join(caption))
+    """Each part: full, pruned, their ratio, the ratio that was possible, both with their range over the rounds, and how
+    much of it was reached, or that the rounds differ too much to say."""
+    full, pruned, limit, ranges = row["full"], row["pruned"], row["limit"], row["range"]
+    grid = Table(title=title, caption="\n".join(caption(row)))
     for column in ("", "full", "pruned", "gain", "possible", "of possible"):
         grid.add_column(column, justify="right" if column else "left")
     for part, name in PARTS.items():
         if part in full:
             unit, scale = ("MiB", 2**-20) if part.endswith("bytes") else ("ms", 1e3)
-            gain = full[part] / pruned[part]
-            possible = full[part] / limit[part] if part in limit else None
+            reached = ""
+            if part in limit:
+                reached = "noisy" if part in row["noisy"] else f"{limit[part] / pruned[part]:.0%}"
             grid.add_row(
                 name,
                 *(f"{kind[part] * scale:.1f} {unit}" for kind in (full, pruned)),
-                f"{gain:.2f}x",
-                *(["", ""] if possible is None else [f"{possible:.2f}x", f"{gain / possible:.0%}"]),
+                ratio(full[part] / pruned[part], ranges["gain"][part]),
+                ratio(full[part] / limit[part], ranges["possible"][part]) if part in limit else "",
+                reached,
             )
     return grid
+
+
+def ratio(median: float, ends: tuple[float, float]) -> str:
+    """1.63x, and on the next line its range over the rounds: 1.61–1.65."""
+    low, high = (f"{end:.2f}" for end in ends)
+    return f"{median:.2f}x" + (f"\n{low}–{high}" if low != high else "")
+
+
+def caption(row: dict[str, Any]) -> list[str]:
+    """What the ratios mean, what compression itself costs, and what binds, or why that cannot be said."""
+    pruned, limit = row["pruned"], row["limit"]
+    own = ", ".join(f"{part} {1e3 * seconds:.2f} ms" for part, seconds in row["own"].items())
+    share = sum(row["own"].values()) / pruned["first"]
+    lines = [
+        "possible: the same model on a prompt that is short from the start; below a ratio its range over the rounds",
+        f"compression itself: {own}; {share:.1%} of the first token",
+    ]
+    if any(limit[part] > 1.05 * pruned[part] for part in limit if part not in row["noisy"]):
+        lines.append(
+            "Over 100 %: in the vision tower, and by it in the first token, a method may do less work than the full "
+            "model's tower does; elsewhere it is chance."
+        )
+    if not row["noisy"]:
+        return [*lines, row["binds"]]
+    names = ", ".join(PARTS[part] for part in row["noisy"])
+    lines.append(
+        f"Too noisy to conclude anything about {names}: over the rounds a ratio ranges by more than {NOISE:.0%}. Stop "
+        "other work on this machine, or take more --rounds."
+    )
+    return lines if "first" in row["noisy"] or "prefill" in row["noisy"] else [*lines, row["binds"]]
 
 
 def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
@@ -28,13 +29,35 @@ def open_image(path: Path) -> Image.Image:
                 raise ValueError(
                     f"{path} has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels"
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _in_8_bits(ImageOps.exif_transpose(image), path).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} megapixels") from None
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
         raise ValueError(f"{path} is a damaged image: {error}") from None
+
+
+def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Grey of 16 bits scaled to 8, where Pillow would clip it to white. Any other image as it is.
+
+    Raises ValueError for grey of 32 bits or of floating point: nobody knows which value is white.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    grey = image if image.mode == "F" else image.convert("I")
+    low, high = grey.getextrema()
+    if grey.mode == "F" or low < 0 or high > 65535:
+        raise ValueError(f"{path} has grey values from {low:g} to {high:g}; save it with 8 or 16 bits a pixel")
+    return grey.point(lambda value: value / 257 + 0.5).convert("L")
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse, before any work is done, a path that no picture can be written to."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: name an image file, for example picture.png")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
 
 
 def seen_box(size: tuple[int, int], image_processor: Any) -> tuple[int, int, int, int]:
@@ -64,9 +87,10 @@ def overlay(image: Image.Image, kept: Tensor, tokens: int, box: tuple[int, int, 
     if side * side != tokens or not tokens:
         raise ValueError(f"an overlay needs a square grid of patches, but this image has {tokens} visual tokens")
     left, top, right, bottom = box or (0, 0, *image.size)
-    cells = torch.zeros(tokens, dtype=torch.uint8)
-    cells[kept.cpu()] = 255
-    grid = Image.frombytes("L", (side, side), bytes(cells.tolist()))
+    cells = bytearray(tokens)
+    for index in kept.tolist():
+        cells[index] = 255
+    grid = Image.frombytes("L", (side, side), bytes(cells))
     mask = Image.new("L", image.size, 0)
     mask.paste(grid.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
     return Image.composite(image, image.point(lambda value: round(value * DARK)), mask)

@@ -8,6 +8,7 @@ own scoring runs in the peers' arms, too; `vtc bench` tells how little that is.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,28 +26,37 @@ ATTENTION = {"vtc-cls": "vision_config", "fastv": "text_config"}
 
 
 @torch.no_grad()
-def compare(model: nn.Module, budgets: Sequence[vtc.stage.Budget], case: bench.Case) -> list[dict[str, Any]]:
+def compare(
+    model: nn.Module, budgets: Sequence[vtc.stage.Budget], case: bench.Case, step: bench.Step = lambda text: None
+) -> list[dict[str, Any]]:
     """Medians over rounds of seconds to the first token, and of bytes beyond what was held before it.
 
     On a CPU these are of the process, whose allocator keeps what it once had: they are too low rather than too high.
     One row a method and budget: {"method", "budget", "vtc", and the names of `WAYS`}, each of these with "seconds" and
     "bytes", those of the peers with "agreement": the share of the kept tokens that the peers' scores keep, too: 1 in
-    float32, less where half precision rounds the matrices.
+    float32, less where half precision rounds the matrices, and "range": the least and the greatest ratio over the
+    rounds of their seconds to vtc's.
     Raises ValueError for a model whose images differ in size.
     """
     if vtc.adapter.find(model).tokens_per_image() is None:
         raise ValueError("the comparison reads single crops: use a LLaVA-1.5 shape, such as llava-qwen2-0.5b")
     inputs = shapes.prompt(model, case.batch, case.prompt_tokens)
     arms = [(method, budget) for method in ATTENTION for budget in budgets]
-    rounds = [
-        [{way: _run(model, *arm, inputs, way) for way in ("vtc", *WAYS)} for arm in arms]
-        for _ in range(case.rounds + 1)
-    ][1:]  # the first warms up
+    works = {
+        (number, way): functools.partial(_run, model, *arm, inputs, way)
+        for number, arm in enumerate(arms)
+        for way in ("vtc", *WAYS)
+    }
+    rounds = bench.take_turns(works, case.rounds, step)
     rows = []
-    for (method, budget), runs in zip(arms, zip(*rounds, strict=True), strict=True):
+    for number, (method, budget) in enumerate(arms):
         row = {"method": method, "budget": budget}
         for way in ("vtc", *WAYS):
-            row[way] = {part: statistics.median(run[way][part] for run in runs) for part in runs[0][way]}
+            runs = [found[number, way] for found in rounds]
+            row[way] = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
+        for way in WAYS:
+            ratios = [found[number, way]["seconds"] / found[number, "vtc"]["seconds"] for found in rounds]
+            row[way]["range"] = min(ratios), max(ratios)
         rows.append(row)
     return rows
 
@@ -140,16 +150,22 @@ def _hooked(model: nn.Module, hook: Callable[[vtc.observe.Need], Callable]) -> I
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Milliseconds and MiB of each way, and how many times as long the peers' take."""
-    grid = Table(title=title, caption="MiB: the peak beyond the model and its inputs")
+    caption = "below a ratio its range over the rounds; MiB: the peak beyond the model and its inputs"
+    if any(bench.wide(*row[way]["range"]) for row in rows for way in WAYS):
+        caption += (
+            f"\nnoisy: a range wider than {bench.NOISE:.0%}. Stop other work on this machine, or take more --rounds."
+        )
+    grid = Table(title=title, caption=caption)
     for column in ("", "budget", "way", "ms", "ratio", "MiB", "same tokens"):
         grid.add_column(column, justify="right" if column in ("ms", "ratio", "MiB", "same tokens") else "left")
     for row in rows:
         for way in ("vtc", *WAYS):
+            median, ends = row[way]["seconds"] / row["vtc"]["seconds"], row[way].get("range", (1.0, 1.0))
             grid.add_row(
                 *(("", "") if way in WAYS else (row["method"], str(row["budget"]))),
                 way,
                 f"{row[way]['seconds'] * 1e3:.0f}",
-                f"{row[way]['seconds'] / row['vtc']['seconds']:.2f}x",
+                bench.ratio(median, ends) + " noisy" * bench.wide(*ends),
                 f"{row[way]['bytes'] * 2**-20:.0f}",
                 f"{row[way]['agreement']:.0%}" if way in WAYS else "",
                 end_section=way == [*WAYS][-1],

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: a role, and content parts of type "image" or "text"."""
@@ -29,7 +30,15 @@ class Reader:
         return self.model.device
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Tensor]:
-        """What the model reads: one image and one question a row, left-padded, on the model's device."""
+        """What the model reads: one image and one question a row, left-padded, on the model's device.
+
+        Raises ValueError for a question that holds what stands for an image in the model's prompts.
+        """
+        stands_for_image = {self.model.config.image_token_id, getattr(self.model.config, "boi_token_index", None)}
+        for question in questions:
+            if found := stands_for_image.intersection(self.processor.tokenizer(question)["input_ids"]):
+                token = self.processor.tokenizer.convert_ids_to_tokens(found.pop())
+                raise ValueError(f"the question holds {token}, which stands for an image in this model's prompts")
         content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
         return self.chats([[{"role": "user", "content": parts}] for parts in content], [[image] for image in images])
 
@@ -54,6 +63,8 @@ class Reader:
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> Tensor:
         """(batch, new) token ids after the prompts, padded; greedy unless `options` of `generate` say otherwise."""
+        import torch
+
         greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.processor.tokenizer.pad_token_id}
         with torch.inference_mode():
             output = self.model.generate(**inputs, **{**greedy, **options})
@@ -61,7 +72,10 @@ class Reader:
 
 
 def model_path(name: str) -> str:
-    """The folder of the shipped reference model for "reference"; any other name is a path or a hub id as it stands."""
+    """The folder of the shipped reference model for "reference"; any other name is a path or a hub id as it stands.
+
+    Raises ValueError for what is no model folder, and OSError for a name that neither the hub's cache nor the hub has.
+    """
     if name == "reference":
         from vtc.eval import reference
 
@@ -72,11 +86,31 @@ def model_path(name: str) -> str:
     path = Path(name).expanduser()
     if looks_like_path and not (path / "config.json").is_file():
         raise ValueError(f"{path} is not a model folder: it has no config.json")
+    if not looks_like_path:
+        _find_on_hub(name)
     return str(path) if looks_like_path else name
+
+
+def _find_on_hub(name: str) -> None:
+    """One question and no retries, where transformers would ask for each file many times before it gives up."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    unknown = f"{name!r}: there is no such folder, the one model that ships is 'reference', and the Hugging Face hub"
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=5)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise OSError(f"{unknown} shows no model of that name") from None
+    except Exception as error:  # of whatever library asks for the hub: no network, a proxy, offline mode, a busy server
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{unknown} cannot be asked ({reason})") from None
 
 
 def pick_device(name: str) -> str:
     """The device to run on; "auto" is CUDA where there is one, otherwise the CPU."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -101,3 +135,14 @@ def load(path: str, device: str, max_new_tokens: int = 8) -> Reader:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Reader(model, processor, max_new_tokens)
+
+
+def pretrained(name: str = "reference", device: str = "auto") -> tuple[Any, Any]:
+    """`vtc.eval.load`: the transformers model and its processor, ready to answer batches.
+
+    `name` is "reference" (the small model that ships, which knows only the scenes of `vtc scene`), a model folder, or a
+    Hugging Face id. `device` is "auto" (CUDA where there is one), "cpu", "cuda:1", ... Raises ValueError and OSError as
+    `model_path`, ValueError for a device that is not there.
+    """
+    reader = load(model_path(name), pick_device(device))
+    return reader.model, reader.processor

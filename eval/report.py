@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtc.install import install_line
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -159,7 +161,7 @@ def picture(
     try:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
     except ImportError:
-        raise ModuleNotFoundError("the curve needs matplotlib: pip install 'vtc[eval]'", name="matplotlib") from None
+        raise ModuleNotFoundError(f"the curve needs matplotlib: {install_line('eval')}", name="matplotlib") from None
 
     figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
     axes = figure.add_subplot()

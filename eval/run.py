@@ -266,14 +266,18 @@ def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
 
 def configuration(settings: Any, path: str, device: str) -> dict[str, Any]:
     """All that a run depends on, as it is written to config.json; `settings` is a dataclass."""
-    packages = ("torch", "transformers", "vtc")
+    packages = ("torch", "transformers")
     return {
         "settings": json.loads(json.dumps(asdict(settings))),
         "model_path": path,
         "model_digest": _model_digest(path),
         "source_digest": _source_digest(),
         "device": device,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            "vtc": vtc.__version__,
+            **{name: version(name) for name in packages},
+        },
         "git_commit": git_commit(),
     }
 

@@ -25,6 +25,7 @@ import vtc
 from vtc.eval import published, report, run
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.run import Arm, Store
+from vtc.install import install_line
 
 if TYPE_CHECKING:
     from lmms_eval.api.task import Task
@@ -273,8 +274,8 @@ def _import_lmms_eval() -> None:
         from loguru import logger
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
         raise ImportError(
-            f"lmms-eval cannot be imported ({error}): pip install 'vtc[lmms-eval]'. Where torchvision does not fit "
-            "torch, as beside a torch for CPUs: pip uninstall torchvision timm; pip install 'vtc[lmms-eval-lean]'; "
+            f"lmms-eval cannot be imported ({error}): {install_line('lmms-eval')}. Where torchvision does not fit "
+            f"torch, as beside a torch for CPUs: pip uninstall torchvision timm; {install_line('lmms-eval-lean')}; "
             "pip install --no-deps lmms-eval==0.7.3"
         ) from error
     logger.remove()

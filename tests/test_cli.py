@@ -1,13 +1,21 @@
 """The command line, as real processes."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 import typer
 from eval_fixtures import run_vtc, tiny  # noqa: F401 (a fixture)
-from PIL import Image
+from PIL import Image, ImageChops
 
+import vtc
+from vtc import cli
 from vtc.cli import parse_budget, parse_budgets
+from vtc.eval import scenes
+from vtc.eval.ask import Answer
+from vtc.methods import described
 
 
 @pytest.mark.parametrize(
@@ -47,6 +55,77 @@ def test_methods_lists_all_with_paper():
         assert word in done.stdout
 
 
+def test_what_methods_prints_is_what_the_methods_say():
+    known = {name: (method.__doc__.strip().splitlines()[0], method.paper) for name, method in vtc.list_methods().items()}
+    assert described() == known
+
+
+def test_version():
+    assert run_vtc("--version").stdout == f"{vtc.__version__}\n"
+
+
+LIGHT = """
+import sys
+from vtc import cli
+try:
+    cli.main()
+except SystemExit as end:
+    code = end.code or 0
+else:
+    code = 0
+print(code, *sorted({"torch", "transformers", "numpy", "sklearn"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("methods", 0),
+        ("eval --help", 0),
+        ("eval --budgets lots", 2),
+        ("eval --methods fast", 1),
+        ("bench --dtype int3", 2),
+        ("bench --methods fast", 1),
+        ("tune --method fast", 1),
+        ("ask scene.png", 2),
+        ("ask scene.png ?  --budget 2.5", 2),
+        ("ask nothing.png what", 1),
+        ("ask PICTURE what --method fast", 1),
+        ("ask PICTURE what --model ./nothing", 1),
+        ("ask PICTURE what --model nobody/nothing", 1),
+        ("ask PICTURE what --save-overlay kept.abc", 1),
+        ("scene --out scene.abc", 1),
+        ("demo --model ./nothing", 1),
+    ],
+)
+def test_neither_help_nor_errors_wait_for_torch(picture, monkeypatch, arguments, code):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [str(picture) if word == "PICTURE" else word for word in arguments.split()]
+    done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == str(code)
+    assert "Traceback" not in done.stderr
+
+
+def test_import_is_light_and_no_submodule_hides_a_function():
+    """Submodules and public names stay apart, in whatever order they are loaded."""
+    code = (
+        "import sys, vtc; assert 'torch' not in sys.modules\n"
+        "from vtc.methods.fastv import FastV\n"
+        "import pkgutil, importlib\n"
+        "modules = {module.name for module in pkgutil.iter_modules(vtc.__path__)} - {'__main__'}\n"
+        "assert not modules & set(vtc.__all__)\n"
+        "[importlib.import_module('vtc.' + name) for name in modules]\n"
+        "assert vtc.list_methods()['fastv'] is FastV is vtc.FastV\n"
+        "assert vtc.adapter.find and set(vtc.__all__) <= set(dir(vtc)) and not hasattr(vtc, 'nothing')\n"
+        "from vtc import *\n"
+        "assert wrap is vtc.wrap and prefix is vtc.prefix"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_env_prints_versions():
     done = run_vtc("env")
     assert done.returncode == 0
@@ -67,7 +146,7 @@ def test_ask_compares_and_saves_an_overlay(tiny, picture, tmp_path):  # noqa: F8
         *("ask", picture, "what color is the", "--model", tiny, "--budget", "25%", "--compare"),
         *("--save-overlay", painted, "--max-new-tokens", 3),
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"{painted}: written, dropped patches are dark\n")
     assert "4 of 16" in done.stdout
     assert "16 of 16" in done.stdout
     with Image.open(painted) as image:
@@ -85,6 +164,7 @@ def test_ask_compares_and_saves_an_overlay(tiny, picture, tmp_path):  # noqa: F8
         (["--method", "fastv", "--budget", "1"], 1, "cannot reach 1 of 16 visual tokens"),
         (["--save-overlay", "overlay.abc"], 1, "overlay.abc: name an image file"),
         (["--model", "./nothing-here"], 1, "nothing-here is not a model folder"),
+        (["--model", "nobody/nothing"], 1, "there is no such folder, the one model that ships is 'reference', and"),
     ],
 )
 def test_errors_are_one_line(tiny, picture, options, code, message):  # noqa: F811
@@ -101,3 +181,73 @@ def test_a_file_that_is_no_image(tiny):  # noqa: F811
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "not an image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("question", "code", "message"),
+    [(" ", 2, "the question is empty"), ("what is <image> there", 1, "<image>, which stands for an image")],
+)
+def test_questions_that_are_refused(tiny, picture, question, code, message):  # noqa: F811
+    done = run_vtc("ask", picture, question, "--model", tiny)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+
+
+def test_stdout_is_the_answer_and_stderr_all_else(tiny, tmp_path):  # noqa: F811
+    """A palette with transparency in bytes makes Pillow warn; one token and too many tokens are said."""
+    path = tmp_path / "palette.png"
+    Image.new("P", (80, 80), 1).save(path, transparency=bytes([0, 128]))
+    for budget, kept, note in (
+        (1, 1, "note: a budget of 1 is one visual token; 1.0 and 100% are all of them"),
+        (99, 16, "note: a budget of 99 is above the image's 16 visual tokens: none are dropped"),
+    ):
+        done = run_vtc("ask", path, "what color", "--model", tiny, "--budget", budget, "--max-new-tokens", 2)
+        assert len(done.stdout.splitlines()) == 1
+        measured, said = done.stderr.splitlines()
+        assert re.fullmatch(rf"{kept} of 16 visual tokens, \d+\.\d+ s", measured)
+        assert said == note
+
+
+def test_an_empty_answer_is_said(capsys):
+    cli._print_answers({"vtc-cls, 4": Answer("", 16, 4.0, torch.arange(4), 0.1)})
+    assert capsys.readouterr().out == "(no answer)\n"
+
+
+def test_a_scene_and_the_shipped_model(tmp_path):
+    out = tmp_path / "scene.png"
+    done = run_vtc("scene", "--out", out, "--number", 6)
+    expected = scenes.example("test", 0, 6)
+    assert done.stdout == f"{out}: written\nquestion: {expected.question}\nanswer: {expected.answer}\n"
+    with Image.open(out) as image:
+        assert not ImageChops.difference(image, expected.image).getbbox()
+    first = scenes.example("test", 0, 0)
+    asked = run_vtc("ask", "scene", first.question)
+    assert asked.stdout == f"{first.answer}\n"
+    assert "knows only" not in asked.stderr
+
+
+def test_the_shipped_model_says_that_it_does_not_know_photos(picture):
+    done = run_vtc("ask", picture, "what is this?")
+    assert done.returncode == 0
+    assert "knows only its own scenes" in done.stderr
+    assert "vtc ask scene" in done.stderr
+
+
+def test_bench_tells_how_far_it_is_when_piped(tiny):  # noqa: F811
+    done = run_vtc("bench", "--model", tiny, "--budgets", "0.5,4,99", "--rounds", 1, "--new-tokens", 1)
+    assert done.returncode == 0
+    assert "round 1" not in done.stdout
+    one, *steps, above = done.stderr.splitlines()
+    assert one == "note: one round has no range, so nothing tells a gain from chance"
+    assert above == "note: a budget of 99 is above the image's 16 visual tokens: none are dropped"
+    assert steps[:2] == ["preparing the prompts", "warming up, 1 of 7"]
+    assert re.fullmatch(r"round 1 of 1, 7 of 7, about \d+ s left", steps[-1])
+
+
+def test_the_bar_of_eval_stays_out_of_its_table(tiny, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    done = run_vtc("eval", "--model", tiny, "--methods", "random", "--budgets", "4", "--limit", 1, "--out", out)
+    assert done.returncode == 0
+    assert "random" in done.stdout
+    assert "questions ━" not in done.stdout
+    assert "questions ━" in done.stderr

@@ -1,11 +1,13 @@
 """The arithmetic of cost, against published and derived figures for LLaVA-1.5-7B, and the benchmark's bookkeeping."""
 
+import io
 from dataclasses import replace
 from functools import partialmethod
 
 import pytest
 import torch
 from models import FAMILIES, llava
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 import vtc
@@ -68,6 +70,68 @@ def test_bench_measures_what_it_says():
         assert " bind" in row["binds"]
     assert "vtc" not in vars(model)
     assert "get_image_features" not in vars(model.base_model)
+
+
+def test_works_take_turns_and_the_rest_is_estimated_by_their_last_time(monkeypatch):
+    """Each takes 2 seconds, 4 in the last round: 3 works, 2 rounds after the one that warms up."""
+    now, order, told = [0.0], [], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def work(name):
+        def run():
+            order.append(name)
+            now[0] += 2 if len(order) <= 6 else 4
+            return {"first": now[0]}
+
+        return run
+
+    rounds = bench.take_turns({name: work(name) for name in "abc"}, 2, told.append)
+    assert [sorted(order[start : start + 3]) for start in (0, 3, 6)] == [["a", "b", "c"]] * 3
+    assert rounds == [
+        {name: {"first": 2.0 * (4 + index)} for index, name in enumerate(order[3:6])},
+        {name: {"first": 12.0 + 4 * (1 + index)} for index, name in enumerate(order[6:])},
+    ]
+    assert told[:3] == [f"warming up, {n} of 3" for n in (1, 2, 3)]
+    assert [int(text.split("about ")[1].split()[0]) for text in told[3:]] == [12, 10, 8, 6, 4, 2]
+
+
+def test_bench_gives_ranges_and_says_noisy(monkeypatch):
+    """Full takes 4 seconds in all rounds; pruned and natively short 2, but for one round in which they take 1 and 3."""
+    model, case = llava(), bench.Case(prompt_tokens=12, new_tokens=1, rounds=3)
+    times = {"full": [4.0, 4.0, 4.0], ("pruned", 0): [2.0, 2.0, 1.0], 48 - 36 + 18: [2.0, 2.0, 2.0]}
+
+    def parts(seconds):
+        return {"vision": 1.0, "prefill": seconds - 1 or 0.5, "first": seconds, "decode": 1.0, "kv_bytes": 8}
+
+    def turns(works, rounds, step):
+        assert set(works) == set(times)
+        return [{name: parts(seconds[n]) for name, seconds in times.items()} for n in range(rounds)]
+
+    monkeypatch.setattr(bench, "take_turns", turns)
+    (row,) = bench.bench(model, [("vtc-cls", 0.5)], case)
+    assert row["range"]["gain"]["first"] == (2.0, 4.0)
+    assert row["range"]["possible"]["first"] == (2.0, 2.0)
+    assert row["noisy"] == ["prefill", "first"]
+    text = render(bench.table(row, "t"))
+    assert "2.00–4.00" in text
+    assert text.count(" noisy │") == 2
+    assert "Too noisy to conclude anything about prefill, first token" in " ".join(text.split())
+    assert row["binds"] not in " ".join(text.split())
+    times["pruned", 0] = [1.95, 2.0, 2.05]
+    (row,) = bench.bench(model, [("vtc-cls", 0.5)], case)
+    assert row["noisy"] == []
+    assert row["binds"] in " ".join(render(bench.table(row, "t")).split())
+    times["pruned", 0] = [1.4, 1.4, 1.4]
+    (row,) = bench.bench(model, [("vtc-cls", 0.5)], case)
+    text = " ".join(render(bench.table(row, "t")).split())
+    assert "143%" in text
+    assert "Over 100 %" in text
+
+
+def render(table):
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +205,9 @@ def test_the_peers_keep_the_same_tokens():
     ]
     assert all(row[way]["agreement"] == 1 for row in rows for way in peers.WAYS)
     assert all(row[way]["seconds"] > 0 for row in rows for way in ("vtc", *peers.WAYS))
+    for row in rows:
+        for way in peers.WAYS:  # one round: its ratio is the range
+            assert row[way]["range"] == pytest.approx([row[way]["seconds"] / row["vtc"]["seconds"]] * 2)
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
     assert not model.config.text_config.output_attentions
 

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from huggingface_hub.errors import RepositoryNotFoundError
 from models import FAMILIES, batch, rows, visual
 from PIL import Image
 from rich.console import Console
@@ -359,6 +361,34 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         model_path(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ConnectionError("no way out"), r"cannot be asked \(no way out\)"),
+        (TimeoutError(), r"cannot be asked \(TimeoutError\)"),
+        (RepositoryNotFoundError("404", response=Mock()), "shows no model of that name"),
+    ],
+)
+def test_an_unknown_model_is_asked_for_once(monkeypatch, failure, reason):
+    asked = Mock(side_effect=failure)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    with pytest.raises(OSError, match=rf"'nobody/nothing': there is no such folder, .*'reference'.*{reason}"):
+        model_path("nobody/nothing")
+    asked.assert_called_once()
+
+
+def test_a_model_on_the_hub_is_its_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock())
+    assert model_path("nobody/nothing") == "nobody/nothing"
+
+
+def test_load(tiny):  # noqa: F811
+    model, processor = vtc.eval.load(str(tiny), device="cpu")
+    assert (model.training, processor.tokenizer.padding_side) == (False, "left")
+    shipped, _ = vtc.eval.load(device="cpu")
+    assert shipped.config._name_or_path == model_path("reference")
+
+
 # -- images ---------------------------------------------------------------------------------------------------------
 
 
@@ -418,3 +448,19 @@ def test_open_image_says_why_not(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
     bad("cut.png", "damaged image")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_16_bits_are_scaled_not_clipped(tmp_path, suffix):
+    levels = np.array([[0, 3 * 257, 128 * 257, 200 * 257 + 100, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    image = open_image(tmp_path / f"deep.{suffix}")
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 3, 128, 200, 255)]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_grey_of_unknown_range_is_refused(tmp_path, kind):
+    Image.fromarray(np.array([[0, 70_000]], dtype=kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match="grey values from 0 to 70000"):
+        open_image(tmp_path / "deep.tiff")

@@ -1,6 +1,7 @@
 """The promises of the design, for every method and family in the table."""
 
 import copy
+import re
 import threading
 
 import oracle
@@ -445,3 +446,15 @@ def test_compressed_yields_a_trace_and_puts_an_outer_wrapping_back(llava):
         llava.generate(**inputs, **GREEDY)
     assert trace.average_tokens.tolist() == [4.0]
     assert torch.equal(logits(llava, inputs), outer)
+
+
+def test_a_trace_prints_what_happened(llava):
+    """36 visual tokens an image, 6 layers: at half of the tokens fastv keeps 14 of each from layer 1 on."""
+    inputs = prompt(llava, (1, 2))
+    with vtc.compressed(llava, "fastv", 0.5) as trace:
+        assert repr(trace) == "<Trace: nothing has run>"
+        llava.generate(**inputs, **GREEDY)
+    assert repr(trace).startswith(
+        "<Trace: 3 images; 108 visual tokens, 42 from layer 1 on, 53 averaged over 6 layers; vision 0."
+    )
+    assert re.search(r"; vision [\d.]+ s, .*prefill [\d.]+ s, decode [\d.]+ s>$", repr(trace))

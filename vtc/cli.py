@@ -1,10 +1,18 @@
-"""The `vtc` command. Torch and transformers are imported inside the commands, so that `vtc --help` is quick."""
+"""The `vtc` command.
+
+Torch and transformers take seconds to load: the commands do so when their arguments are known to be good. Answers and
+tables go to stdout, all that is said about them to stderr.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,20 +21,29 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import vtc
+from vtc.install import install_line
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Make a vision-language model read fewer visual tokens, and measure what that costs.\n\n"
-    "Start with [bold]vtc eval --limit 200 --out out/first[/]: accuracy against token budget of the shipped reference "
-    "model, nothing to download. Then [bold]vtc ask photo.jpg 'What is in the middle?' --compare[/].",
-    epilog="VTC_DEBUG=1 in the environment shows the stack trace of an error.",
+    "Start with [bold]vtc ask scene 'what color is the word?' --compare[/]: the shipped model on a picture of the kind "
+    "that it knows, nothing to download. Then [bold]vtc eval --limit 200 --out out/first[/]: accuracy against token "
+    "budget.",
+    epilog="VTC_DEBUG=1 in the environment shows warnings, and the stack trace of an error.",
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc ships.")
 app.add_typer(train_app, name="train")
 
 MODEL_HELP = "'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."
+EMPTY = "(no answer)"
+SIDE = 96
+"""Pixels of a scene."""
+SCENE = 0
+"""The question of the test split whose picture `vtc ask scene` is about."""
 REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
 
 
@@ -55,6 +72,21 @@ def _split(text: str) -> tuple[str, ...]:
     if not parts:
         raise typer.BadParameter("the list is empty")
     return parts
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(vtc.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
 
 
 @app.command(name="eval")
@@ -117,7 +149,9 @@ def evaluate(
       vtc eval --model llava-hf/llava-1.5-7b-hf --tasks pope,gqa --batch-size 8 --out out/suites
     """
     chosen, spend = _split(methods), parse_budgets(budgets)
+    _check_methods(*chosen, also=("smaller-image", "full", "blind"))
     _need("matplotlib", "sklearn", extra="eval")
+    _note_one(spend)
     _quiet()
     from vtc.eval import report, run, suites
 
@@ -134,10 +168,12 @@ def evaluate(
         _faithfulness(model, chosen, limit or 1000, seed, device, out, console)
         return
     settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
-    rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=console)
+    _say(f"loading {model}")
+    rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=Console(stderr=True))
     if dry_run:
         console.print(REHEARSED)
         return
+    _note_above(spend, next(row["tokens"] for row in rows if row["method"] == "full"))
     console.print(report.table(rows))
     if by_task:
         console.print(report.task_table(rows))
@@ -214,6 +250,15 @@ def bench(
 
       vtc bench --peers --budgets 0.25
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
+    if peers and compiled:
+        raise typer.BadParameter("--compile and --peers do not go together")
+    chosen, spend = _split(methods), parse_budgets(budgets)
+    _check_methods(*chosen)
+    _note_one(spend)
+    if rounds == 1:
+        _note("one round has no range, so nothing tells a gain from chance")
     _quiet()
     import torch
 
@@ -222,21 +267,21 @@ def bench(
     from vtc.eval import shapes
     from vtc.eval.reader import pick_device
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16")
-    if peers and compiled:
-        raise typer.BadParameter("--compile and --peers do not go together")
     where = pick_device(device)
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels, compiled)
-    loaded = shapes.load(model, getattr(torch, dtype), where, attention)
+    with _status(f"making {model} with random weights"):
+        loaded = shapes.load(model, getattr(torch, dtype), where, attention)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     title = f"{model}, batch {batch}, {dtype}, {attention}{', compiled' * compiled}, {name}"
     if peers:
-        rows = compared.compare(loaded, parse_budgets(budgets), case)
+        with _steps() as step:
+            rows = compared.compare(loaded, spend, case, step)
         Console().print(compared.table(rows, title))
     else:
-        arms = [(method, budget) for method in _split(methods) for budget in parse_budgets(budgets)]
-        rows = benchmark.bench(loaded, arms, case)
+        arms = [(method, budget) for method in chosen for budget in spend]
+        with _steps() as step:
+            rows = benchmark.bench(loaded, arms, case, step)
+        _note_above(spend, rows[0]["tokens"]["full"])
         for row in rows:
             tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
             Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
@@ -278,7 +323,11 @@ def tune(
       vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
     """
     spend = parse_budget(budget)
+    _check_methods(method)
     _need("optuna", "scipy", extra="tune")
+    if images == "scenes":
+        _need("sklearn", extra="eval")
+    _note_one([spend])
     _quiet()
     from vtc.eval import tune as tuning
 
@@ -290,7 +339,9 @@ def tune(
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="Any image file, up to 20 MB and 50 megapixels.")],
+    image: Annotated[
+        Path, typer.Argument(help="Any image file, up to 20 MB and 50 megapixels; or 'scene', for one that ships.")
+    ],
     question: Annotated[str, typer.Argument(help="In the model's language; quote it.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
     method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
@@ -304,41 +355,90 @@ def ask(
 
     Examples:
 
-      vtc ask scene.png 'What color is the square?'
+      vtc ask scene 'what color is the word?' --compare
 
-      vtc ask photo.jpg 'What is this?' --budget 64 --compare --save-overlay kept.png
+      vtc scene --out scene.png && vtc ask scene.png 'what word is it?' --save-overlay kept.png
+
+      vtc ask photo.jpg 'What is this?' --model llava-hf/llava-1.5-7b-hf --budget 64
     """
     spend = parse_budget(budget)
-    _quiet()
+    if not question.strip():
+        raise typer.BadParameter("the question is empty")
+    _check_methods(method)
     from vtc.eval import ask as asking
-    from vtc.eval.images import open_image
+    from vtc.eval.images import check_picture_path
     from vtc.eval.reader import load, model_path, pick_device
 
-    picture = open_image(image)
+    picture, path = _picture(image), model_path(model)
     if save_overlay:
-        asking.check_overlay_path(save_overlay)
-    reader = load(model_path(model), pick_device(device), max_new_tokens)
-    answers = {f"{method}, {budget}": asking.ask(reader, picture, question, method, spend)}
-    if compare:
-        answers["full model"] = asking.ask(reader, picture, question, None, 1.0)
-    if save_overlay:
-        asking.save_overlay(reader, picture, next(iter(answers.values())), save_overlay)
+        check_picture_path(save_overlay)
+    _quiet()
+    with _status(f"loading {model}"):
+        reader = load(path, pick_device(device), max_new_tokens)
+    with _status("asking"):
+        answers = {f"{method}, {budget}": asking.ask(reader, picture, question, method, spend)}
+        if compare:
+            answers["full model"] = asking.ask(reader, picture, question, None, 1.0)
     _print_answers(answers)
+    pruned = next(iter(answers.values()))
+    if save_overlay:
+        asking.save_overlay(reader, picture, pruned, save_overlay)
+        typer.echo(f"{save_overlay}: written, dropped patches are dark", err=True)
+    _note_one([spend])
+    _note_above([spend], pruned.total)
+    if model == "reference" and picture.size != (SIDE, SIDE):
+        _note(
+            "the shipped model knows only its own scenes (shapes, digits and words on 96 x 96 pixels), so this answer "
+            "means nothing: try `vtc ask scene 'what color is the word?'`, or another --model"
+        )
+
+
+def _picture(image: Path) -> Any:
+    from vtc.eval.images import open_image
+
+    if str(image) != "scene" or image.exists():
+        return open_image(image)
+    _need("sklearn", extra="eval")
+    from vtc.eval import scenes
+
+    return scenes.example("test", 0, SCENE).image
+
+
+@app.command()
+def scene(
+    out: Annotated[Path, typer.Option(help="An image file, for example scene.png.")],
+    number: Annotated[int, typer.Option(min=0, help="Which question of the test split.")] = SCENE,
+) -> None:
+    """Write a picture of the kind that the shipped model knows, and print a question about it with the answer.
+
+    Example:
+
+      vtc scene --out scene.png --number 4
+    """
+    from vtc.eval.images import check_picture_path
+
+    check_picture_path(out)
+    _need("sklearn", extra="eval")
+    from vtc.eval import scenes
+
+    example = scenes.example("test", 0, number)
+    example.image.save(out)
+    typer.echo(f"{out}: written\nquestion: {example.question}\nanswer: {example.answer}")
+    typer.echo(f"now try: vtc ask {shlex.quote(str(out))} {shlex.quote(example.question)} --compare", err=True)
 
 
 def _print_answers(answers: dict[str, Any]) -> None:
     from rich.table import Table
 
-    console = Console()
     if len(answers) == 1:
         (answer,) = answers.values()
-        console.print(answer.text, markup=False, highlight=False)
-        console.print(f"{_tokens(answer)} visual tokens, {answer.seconds:.3f} s", style="dim", highlight=False)
+        typer.echo(answer.text or EMPTY)
+        typer.echo(f"{_tokens(answer)} visual tokens, {answer.seconds:.3f} s", err=True)
         return
     table = Table("", "answer", "visual tokens", "seconds")
     for name, answer in answers.items():
-        table.add_row(name, escape(answer.text), _tokens(answer), f"{answer.seconds:.3f}")
-    console.print(table)
+        table.add_row(name, escape(answer.text or EMPTY), _tokens(answer), f"{answer.seconds:.3f}")
+    Console().print(table)
 
 
 def _tokens(answer: Any) -> str:
@@ -408,25 +508,27 @@ def demo(
       vtc demo --model llava-hf/llava-1.5-7b-hf --port 8000
     """
     _need("gradio", "sklearn", extra="demo")
+    from vtc.eval.reader import load, model_path, pick_device
+
+    path = model_path(model)
+    typer.echo(f"loading gradio, torch and {model}; the page's address follows", err=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     _quiet()
     from vtc.demo.app import launch
-    from vtc.eval.reader import load, model_path, pick_device
 
-    launch(load(model_path(model), pick_device(device), max_new_tokens), model, host, port)
+    launch(load(path, pick_device(device), max_new_tokens), model, host, port)
 
 
 @app.command()
 def methods() -> None:
     """List the methods with one line and the paper each."""
-    _quiet()
     from rich.table import Table
 
-    import vtc
+    from vtc.methods import described
 
     table = Table("method", "what it does", "paper")
-    for name, method in vtc.list_methods().items():
-        table.add_row(name, escape((method.__doc__ or "").strip().splitlines()[0]), escape(method.paper))
+    for name, (line, paper) in described().items():
+        table.add_row(name, escape(line), escape(paper))
     Console().print(table)
 
 
@@ -454,8 +556,8 @@ def env() -> None:
     import torch
 
     lines = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+    lines["vtc"] = vtc.__version__
     for package in (
-        "vtc",
         "torch",
         "transformers",
         "tokenizers",
@@ -474,21 +576,74 @@ def env() -> None:
         typer.echo(f"{name}: {value}")
 
 
+def _check_methods(*names: str, also: Sequence[str] = ()) -> None:
+    """Refuse a plain name that no method has; paths and other forms are for those who read them."""
+    from vtc.methods import described
+
+    known = (*described(), *also)
+    for name in names:
+        if re.fullmatch(r"[\w-]+", name) and name not in known:
+            raise ValueError(f"unknown method {name!r}; vtc knows {', '.join(known)}")
+
+
 def _need(*modules: str, extra: str) -> None:
     """Refuse before any work is done when an optional dependency is missing."""
     from importlib.util import find_spec
 
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: pip install 'vtc[{extra}]'")
+        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: {install_line(extra)}")
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
+
+
+def _note_one(budgets: Sequence[int | float]) -> None:
+    if any(isinstance(budget, int) and budget == 1 for budget in budgets):
+        _note("a budget of 1 is one visual token; 1.0 and 100% are all of them")
+
+
+def _note_above(budgets: Sequence[int | float], tokens: float) -> None:
+    if above := [budget for budget in budgets if isinstance(budget, int) and budget > tokens]:
+        _note(
+            f"a budget of {', '.join(map(str, above))} is above the image's {tokens:g} visual tokens: none are dropped"
+        )
+
+
+def _say(text: str) -> None:
+    """A line on stderr for somebody who waits at a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(text, style="dim", markup=False, highlight=False)
+
+
+def _status(text: str) -> AbstractContextManager:
+    """What goes on, with something that moves, at the bottom of a terminal; nothing elsewhere."""
+    return Console(stderr=True).status(escape(text))
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Yields what shows the step that begins: `_status` on a terminal, a line on stderr elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: typer.echo(text, err=True)
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def _quiet() -> None:
-    """Keep the notes of transformers, its progress bars and torchao's import out of the command's output."""
+    """Load torch and transformers, and keep their notes, bars and warnings, and those of others, out of the output."""
     import logging
+    import warnings
 
-    import torch  # it sets its loggers' levels when it is imported
-    from transformers.utils import logging as transformers_logging
+    with _status("loading torch and transformers"):
+        import torch  # it sets its loggers' levels when it is imported
+        from transformers.utils import logging as transformers_logging
 
+    if not os.environ.get("VTC_DEBUG"):
+        warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in ("torchao", torch.utils._pytree.__name__):  # transformers imports torchao wherever it is installed

@@ -33,9 +33,12 @@ class StageTrace:
     """(images, tokens): in training the soft gate of each token, with its gradient."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
-    """The visual tokens of one forward. Indices count a row's visual tokens in prompt order, over all its images."""
+    """The visual tokens of one forward. Indices count a row's visual tokens in prompt order, over all its images.
+
+    Printed, it tells images, tokens before and after, the layers where they left, and seconds.
+    """
 
     depth: int = 0
     """Decoder layers."""
@@ -129,6 +132,18 @@ class Trace:
         """Seconds by part: vision, score (rows and importances), select, compact, prefill (with all three inside the
         decoder), decode (all later steps)."""
         return self.clock.seconds()
+
+    def __repr__(self) -> str:
+        if not self.depth:
+            return "<Trace: nothing has run>"
+        counts = [f"{sum(self.sizes)} visual tokens"]
+        for number, stage in enumerate(self.stages):
+            if not isinstance(stage.site, Cache):
+                counts.append(f"{sum(map(len, self.kept(number)))} from layer {stage.site} on")
+        counts += [f"{float(self.average_tokens.sum()):g} held, averaged over {self.depth} layers"]
+        seconds = [f"{part} {passed:.3f} s" for part, passed in self.seconds.items()]
+        images = f"{len(self.sizes)} image{'s' * (len(self.sizes) != 1)}"
+        return f"<Trace: {images}; {', '.join(counts)}; {', '.join(seconds)}>"
 
     def _per_row(self, per_image: list[Tensor], offset: bool = True) -> list[Tensor]:
         """What is known of each image, put together for each batch row; `offset`: it counts an image's tokens."""

@@ -85,3 +85,6 @@ class LiveTrace:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.record, name)
+
+    def __repr__(self) -> str:
+        return repr(self.record)

@@ -5,18 +5,24 @@ Methods of other packages come through the entry-point group `vtc.methods`, or b
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import reprlib
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vtc.stage import Method, read_json
+if TYPE_CHECKING:
+    from vtc.stage import Method
 
 
 @cache
 def list_methods() -> dict[str, type[Method]]:
     """All methods by name, in alphabetical order: those of vtc, and those of installed packages."""
+    from vtc.stage import Method
+
     found = {}
     for module in pkgutil.iter_modules(__path__):
         for thing in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
@@ -38,12 +44,37 @@ def find_method(name: str | Method) -> Method:
         ValueError: what names no method, with the known ones, or with the file and the field that is wrong.
         OSError: a file that cannot be read.
     """
+    from vtc.stage import Method, read_json
+
     if isinstance(name, Method):
         return name
     if name.endswith(".json"):
         settings = read_json(name)
         return _kind(settings.pop("method", None), f"{name}: method is ").described(settings, name)
     return _kind(name, "unknown method ")()
+
+
+def described() -> dict[str, tuple[str, str]]:
+    """(first line of the docstring, paper) by name, read from the files: importing them would load torch."""
+    found = {}
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and "name" in (texts := _texts(node)):
+                lines = (ast.get_docstring(node) or "").splitlines() or [""]
+                found[texts["name"]] = lines[0], texts["paper"]
+    return dict(sorted(found.items()))
+
+
+def _texts(node: ast.ClassDef) -> dict[str, str]:
+    """The class variables that are literal strings."""
+    return {
+        line.target.id: line.value.value
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.target, ast.Name)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    }
 
 
 def _kind(name: object, complaint: str) -> type[Method]:
@@ -59,6 +90,8 @@ def _kind(name: object, complaint: str) -> type[Method]:
 
 
 def _checked(thing: object, source: str) -> type[Method]:
+    from vtc.stage import Method
+
     if not (isinstance(thing, type) and issubclass(thing, Method)):
         raise ValueError(f"{source} is no subclass of vtc.Method")
     return thing
