@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc import held
+import vtc.held as held
 from vtc.clock import Moment
 from vtc.features import Encoding
 from vtc.need import Record

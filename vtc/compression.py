@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc import adapter as adapters
+import vtc.adapter as adapters
 from vtc.budget import check_budget, counts
 from vtc.stage import Budget, Cache, Method
 from vtc.trace import Trace

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc import compact, held
+import vtc.compact as compact
+import vtc.held as held
 from vtc.call import Call
 from vtc.choice import Choice, by_head
 from vtc.clock import Clock

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Self, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from vtc import select
+import vtc.select as select
 from vtc.choice import Choice, Seen
 from vtc.need import Need
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc import compact, merge
+import vtc.compact as compact
+import vtc.merge as merge
 from vtc.choice import Choice, Seen
 from vtc.columns import Columns
 from vtc.features import Placed

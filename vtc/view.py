@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc import held
+import vtc.held as held
 from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.columns import Columns

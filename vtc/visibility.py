@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from vtc import held
+import vtc.held as held
 from vtc.adapter import Adapter
 from vtc.columns import Columns
 

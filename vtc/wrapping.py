@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vtc import hooks
+import vtc.hooks as hooks
 from vtc.compression import Compression
 from vtc.methods import find_method
 from vtc.stage import Budget, Method

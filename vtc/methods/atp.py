@@ -12,7 +12,7 @@ from einops import rearrange
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from vtc import scores
+import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
 from vtc.need import Need

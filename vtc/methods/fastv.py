@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc import scores
+import vtc.scores as scores
 from vtc.observe import LastTokenRow
 from vtc.stage import Layer, Method, Shape, Share, Stage
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtc import compact, merge, scores
+import vtc.compact as compact
+import vtc.merge as merge
+import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.need import Need, recording
 from vtc.observe import Tower

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtc import scores
+import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Seen
 from vtc.need import Need

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc import select
+import vtc.select as select
 from vtc.stage import Method, Shape, Stage
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt
 from torch import Tensor
 
-from vtc import scores, select
+import vtc.scores as scores
+import vtc.select as select
 from vtc.choice import Seen
 from vtc.observe import ClsRow, ReceivedAttention
 from vtc.stage import Method, Shape, Stage
