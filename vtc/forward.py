@@ -60,6 +60,10 @@ class Encoding:
     spans: list[tuple[str, object, object]]
     """What the tower and the projector took, and what those rows took, as `Clock` holds it."""
 
+    def shows(self, needs: tuple[Need, ...]) -> bool:
+        """Whether the tower was observed for all that these needs ask of it."""
+        return all(need in image.rows for image in self.images for need in needs if need.tower)
+
     def repeated(self, copies: int, tokens_per_row: list[int]) -> list[Encoded]:
         """The images in prompt order of a batch whose rows, with so many visual tokens, come in runs of `copies`."""
         images, result = iter(self.images), []
@@ -88,6 +92,11 @@ class Span:
         length = self.length - count
         mask, origins = (None if x is None else x[:, :length] for x in (self.mask, self.origins))
         return Span(self.start, length, mask, origins)
+
+    def reordered(self, change: Callable[[Tensor], Tensor]) -> Span:
+        """With `change` made to the rows of the batch."""
+        mask, origins = (None if x is None else change(x) for x in (self.mask, self.origins))
+        return Span(self.start, self.length, mask, origins)
 
 
 @dataclass
@@ -119,13 +128,52 @@ class CacheState:
         spans = [span.cropped(count) for span in self.spans]
         return replace(self, seen=self.seen - count, spans=spans, tail=self.tail - count)
 
+    def reordered(self, change: Callable[[Tensor], Tensor]) -> CacheState:
+        """With `change` made to the rows of the batch."""
+        shift = None if self.shift is None else change(self.shift)
+        return replace(self, spans=[span.reordered(change) for span in self.spans], shift=shift)
+
     def attach(self, cache: Any) -> None:
-        """generate() slices the next turn by `cache.get_seq_length()`, the length of layer 0: once tokens left before
-        layer 0 that must still be the true length, while masks are sized by what the layer holds."""
+        """Let the cache carry this along through all that is done to its rows, and forget it when it is reset.
+
+        generate() slices the next turn by `cache.get_seq_length()`, the length of layer 0: once tokens left before
+        layer 0 that must still be the true length, while masks are sized by what the layer holds.
+        """
         cache.vtc = self
+        for name, method in CARRYING.items():
+            setattr(cache, name, MethodType(method, cache))
         if self.span(0).length != self.seen:
             cache.get_seq_length = MethodType(_true_length, cache)
             cache.get_query_offset = MethodType(_held_length, cache)
+
+
+def _reorder(cache: Any, beam_idx: Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    cache.vtc = cache.vtc.reordered(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+
+def _repeat(cache: Any, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    cache.vtc = cache.vtc.reordered(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+def _pick(cache: Any, indices: Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    cache.vtc = cache.vtc.reordered(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
+
+
+def _reset(cache: Any) -> None:
+    for name in ("vtc", "get_seq_length", "get_query_offset", *CARRYING):
+        vars(cache).pop(name, None)
+    cache.reset()
+
+
+CARRYING = {
+    "reorder_cache": _reorder,
+    "batch_repeat_interleave": _repeat,
+    "batch_select_indices": _pick,
+    "reset": _reset,
+}
 
 
 def _true_length(cache: Any, layer_idx: int = 0) -> int:
@@ -146,18 +194,22 @@ class Tokens:
     index: Tensor
     """Which token of its image it is."""
     valid: Tensor
+    """False at the filling, and where the attention mask hides a token: that is none."""
     row: Tensor
     """(images,): the batch row."""
     counts: list[int]
 
     @classmethod
-    def locate(cls, places: list[Tensor], length: int, rows: list[int]) -> Tokens:
-        """From each image's places in the flattened (batch, length) prompt."""
+    def locate(cls, places: list[Tensor], mask: Tensor | None, length: int, rows: list[int]) -> Tokens:
+        """From each image's places in the flattened (batch, length) prompt, and its attention mask."""
         sizes, device = [len(part) for part in places], places[0].device
         position = pad_sequence([part % length for part in places], batch_first=True)
         index = torch.arange(position.shape[1], device=device).expand_as(position)
-        valid = index < torch.tensor(sizes, device=device)[:, None]
-        return cls(position, index, valid, torch.tensor(rows, device=device), sizes)
+        valid, row = index < torch.tensor(sizes, device=device)[:, None], torch.tensor(rows, device=device)
+        if mask is not None:
+            valid = valid & mask[row[:, None], position]
+            sizes = valid.sum(1).tolist()
+        return cls(position, index, valid, row, sizes)
 
 
 @dataclass
@@ -176,8 +228,10 @@ class Forward:
     last_visual: int = -1
     """The last column that holds a visual token in any row."""
     padded_right: bool = False
+    prompt: int | None = None
+    """The length of the prompt that generate() was given, cached positions included; None outside generate()."""
     ahead: int = 0
-    """Tokens at the end that do not belong to the prompt: guesses in assisted generation, or an answer to be rated."""
+    """Tokens at the end that do not belong to the prompt: guesses in assisted generation."""
     record: Record = field(default_factory=dict)
     """What the hooks on the decoder have written."""
     rows: dict[Need, Tensor] = field(default_factory=dict)
@@ -237,9 +291,12 @@ class Forward:
         self.cache = kwargs.get("past_key_values")
         attention_mask = self._two_dimensional(kwargs)
         if attention_mask is not None:
-            self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool)
+            self.mask = attention_mask[:, -self.length :].to(self.device, torch.bool).expand(self.batch, -1)
         self.state = self._past(attention_mask)
         self.shift = self.state.shift
+        if self.prompt is not None:
+            self.ahead = max(0, self.state.seen + self.entered - self.prompt)
+        self.record = {need: {} for need in self.compression.needs}
         self._plan()
         if self.images:
             self._measure()
@@ -325,15 +382,15 @@ class Forward:
         compression = self.compression
         rows = self._locate()
         sizes = [image.tokens for image in self.images]
-        self.keep = [compression.keep(size) for size in sizes]
-        drops = any(kept and min(kept) < size for kept, size in zip(self.keep, sizes, strict=True))
+        counts = self.tokens.counts if self.tokens is not None else []
+        self.keep = [compression.keep(count) for count in counts]
+        drops = any(kept and min(kept) < count for kept, count in zip(self.keep, counts, strict=True))
         self.busy = drops or len(self.state.spans) > 1 or self.state.span(0).length != self.state.seen
         if sizes or self.state.trace.depth == 0:
             parts = [image.parts for image in self.images]
             self.state.trace = Trace(compression.shape.decoder_layers, self.batch, rows, sizes, parts)
             for encoding, _ in self.encodings.values():
                 self.state.trace.clock.spans += encoding.spans
-            compression.publish(self.state.trace)
         if sizes and not self.busy:
             for number in range(len(compression.stages)):
                 self._note(number, Selection(self.tokens.valid))
@@ -342,9 +399,10 @@ class Forward:
         """Find the images in the prompt: `images` and `tokens` in prompt order. Returns the batch row of each."""
         found = []
         for modality, (encoding, entries) in self.encodings.items():
-            if encoding is None:
+            if encoding is None or not encoding.shows(self.compression.needs):
                 raise RuntimeError(
-                    "these image features were encoded before vtc.wrap: the tower was not observed; encode them anew"
+                    "these image features were encoded before vtc.wrap, or for another method: the tower was not "
+                    "observed as this one needs it; encode them anew"
                 )
             mask, images = self.modalities[modality].to(self.device), encoding.images
             if entries != encoding.entries:
@@ -361,7 +419,7 @@ class Forward:
         rows = [first // self.length for *_, first, _ in found]
         self.images = [image for image, *_ in found]
         self.last_visual = max(last % self.length for *_, last in found)
-        self.tokens = Tokens.locate([place for _, place, *_ in found], self.length, rows)
+        self.tokens = Tokens.locate([place for _, place, *_ in found], self.mask, self.length, rows)
         return rows
 
     # -- stages ---------------------------------------------------------------------------------------------------
@@ -516,6 +574,8 @@ class Forward:
         tokens = self.tokens
         for row, before, after in zip(self.state.trace.rows, tokens.counts, counts, strict=True):
             self.lengths[row] -= before - after
+            if before > after and not self.lengths[row]:
+                raise ValueError("a prompt of images alone has nothing left at budget 0: add text or raise the budget")
         real = self.mask
         if real is None:
             real = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
@@ -672,13 +732,15 @@ class Forward:
             if outputs.get("hidden_states") is not None:
                 # entry 0 is the input of layer 0, entry n the output of layer n - 1
                 outputs["hidden_states"] = tuple(
-                    self._restored(max(entry - 1, 0), states) for entry, states in enumerate(outputs.hidden_states)
+                    None if states is None else self._restored(max(entry - 1, 0), states)
+                    for entry, states in enumerate(outputs.hidden_states)
                 )
         cache = outputs.past_key_values
         if cache is not None:
             seen, trace = self.state.seen + self.entered, self.state.trace
             CacheState(seen, self.spans, trace, self.shift, self._tail()).attach(cache)
         self.state.trace.clock.add("prefill" if self.images else "decode", self.started, self.device)
+        self.compression.publish(self.state.trace)
 
     def _tail(self) -> int:
         """See `CacheState.tail`: text after the last image of any row; none where padding follows it."""

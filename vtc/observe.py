@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -105,14 +105,17 @@ class Need:
     def hooks(self, adapter: Adapter) -> list[torch.utils.hooks.RemovableHandle]:
         """Hook the modules, so that `recording` gets their outputs."""
 
-        def keep(name: str):
-            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-                if (record := recording.get()) is not None:
-                    record.setdefault(self, {})[name] = output
+        return [
+            module.register_forward_hook(partial(self._keep, name)) for name, module in self.modules(adapter).items()
+        ]
 
-            return hook
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        if (record := self.record()) is not None:
+            record[name] = output
 
-        return [module.register_forward_hook(keep(name)) for name, module in self.modules(adapter).items()]
+    def record(self) -> dict[str, Any] | None:
+        """Where the running call keeps what is seen for this need; None where it has not asked for it."""
+        return (recording.get() or {}).get(self)
 
     def row(self, record: dict[str, Tensor], context: Tower | Forward) -> Tensor:
         """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder."""
@@ -121,7 +124,7 @@ class Need:
 
 Record = dict[Need, dict[str, Any]]
 recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
-"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
+"""Where the hooks write: an entry for each need of the running call. Another thread on the same model has its own."""
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,15 @@ def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
 
 
 def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
-    """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at."""
+    """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at.
+
+    Of an image that is partly hidden, the tokens that can be seen are taken as one line.
+    """
     picked = torch.zeros_like(seen.valid)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
+        if (shown := seen.valid[image].nonzero()[:, 0].tolist()) != list(range(sum(h * w for h, w in parts))):
+            picked[image, [shown[cell] for cell in evenly_spaced(1, len(shown), count)]] = True
+            continue
         for (height, width), (start, _, share) in zip(parts, shares(parts, count), strict=True):
             picked[image, [start + cell for cell in evenly_spaced(height, width, share)]] = True
     return Selection(picked)
@@ -49,11 +55,14 @@ def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
 def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
     """The highest scores of each grid of an image: tiles and frames share the image's `keep` by their sizes.
 
-    At the encoder site only, where all tokens are there yet.
+    At the encoder site only, where all tokens are there yet. What is hidden is no part of a grid's size.
     """
     picked = torch.zeros_like(seen.valid)
+    scores = scores.masked_fill(~seen.valid, -math.inf)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
-        for start, end, share in shares(parts, count):
+        ends = list(accumulate((height * width for height, width in parts), initial=0))
+        shown = [(int(seen.valid[image, start:end].sum()), 1) for start, end in pairwise(ends)]
+        for (start, end), (_, _, share) in zip(pairwise(ends), shares(shown, count), strict=True):
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
     return Selection(picked)
@@ -62,7 +71,7 @@ def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Selection:
 def shares(parts: Sequence[Part], count: int) -> list[tuple[int, int, int]]:
     """Where each grid starts and ends among an image's tokens, and how many of `count` are its own, by its size."""
     ends = list(accumulate((height * width for height, width in parts), initial=0))
-    filled = [count * end // ends[-1] for end in ends]
+    filled = [count * end // max(ends[-1], 1) for end in ends]
     return [(*span, after - before) for span, (before, after) in zip(pairwise(ends), pairwise(filled), strict=True)]
 
 

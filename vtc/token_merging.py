@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtc import compact, merge
 from vtc.adapter import Adapter
-from vtc.observe import Need, Tower, recording
+from vtc.observe import Need, Tower
 
 
 def matches(key: Tensor, count: int, protected: int) -> Tensor:
@@ -81,12 +81,9 @@ class MergedPatches(Need):
         first = torch.full_like(size, source.shape[1], dtype=torch.long).scatter_reduce(1, source, place, "amin")
         return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, tower.adapter.has_cls() :]
 
-    def _record(self) -> dict[str, Any] | None:
-        return None if (record := recording.get()) is None else record.setdefault(self, {})
-
     def _weigh(self, block: nn.Module, args: tuple) -> tuple | None:
         """Before a block: each key counts as many times as it has patches."""
-        if (record := self._record()) is None:
+        if (record := self.record()) is None:
             return None
         hidden, _, *rest = args
         if "size" not in record:
@@ -97,12 +94,12 @@ class MergedPatches(Need):
         return hidden, record["size"].log()[:, None, None].to(hidden.dtype), *rest
 
     def _keep_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if (record := self._record()) is not None:
+        if (record := self.record()) is not None:
             record["key"] = output
 
     def _merge(self, number: int, adapter: Adapter, block: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         """After a block: its share of what there is to merge."""
-        if (record := self._record()) is None:
+        if (record := self.record()) is None:
             return None
         protected, length, whole = int(adapter.has_cls()), hidden.shape[1], record["source"].shape[1]
         target = protected + max(1, round(self.share * (whole - protected)))
@@ -119,6 +116,6 @@ class MergedPatches(Need):
 
     def _unmerge(self, block: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         """After the last block: every patch gets the features of its group."""
-        if (record := self._record()) is None or record["size"].shape == record["source"].shape:
+        if (record := self.record()) is None or record["size"].shape == record["source"].shape:
             return None
         return compact.gather(hidden, record["source"])

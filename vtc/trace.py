@@ -43,7 +43,7 @@ class Trace:
     rows: list[int] = field(default_factory=list)
     """The batch row of each image."""
     sizes: list[int] = field(default_factory=list)
-    """Visual tokens of each image or video."""
+    """Visual tokens of each image or video; one that the attention mask hides has a number, but is never listed."""
     parts: list[list[Part]] = field(default_factory=list)
     """The grids that they form, (height, width) each, in token order: a whole image, or tiles, or frames."""
     stages: list[StageTrace] = field(default_factory=list)
@@ -54,9 +54,10 @@ class Trace:
         if not 0 <= layer < self.depth:
             raise IndexError(f"the decoder has layers 0 to {self.depth - 1}, not {layer}")
         past = [number for number, stage in enumerate(self.stages) if stage.layer <= layer]
-        if past:
-            return self.kept(past[-1])
-        return self._per_row([torch.arange(size) for size in self.sizes], offset=True)
+        if past or not self.stages:
+            return self.kept(past[-1] if past else -1)
+        entered, valid = self.stages[0].entered.cpu(), self.stages[0].valid.cpu()
+        return self._per_row([index[real] for index, real in zip(entered, valid, strict=True)], offset=True)
 
     def kept(self, stage: int = -1) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens left after a stage."""
