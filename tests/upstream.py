@@ -43,7 +43,7 @@ def pytest_configure(config) -> None:
 
 
 def outcomes(checkout: Path, family: str, method: str | None) -> dict[str, str]:
-    """"passed", "failed" or "skipped" by name of the family's tests, wrapped with `method` or bare."""
+    """ "passed", "failed" or "skipped" by name of the family's tests, wrapped with `method` or bare."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"tests/models/{family}/test_modeling_{family}.py", "-q"]

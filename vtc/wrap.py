@@ -25,6 +25,8 @@ chosen: ContextVar[tuple[Compression, ...]] = ContextVar("vtc_chosen", default=(
 """What `compressed` and running generate() calls put in force in this context, on any model; the last one counts."""
 prompted: ContextVar[tuple[Hooks, int | None] | None] = ContextVar("vtc_prompted", default=None)
 """The model whose generate() is running, and the length of its prompt: what is longer was guessed."""
+changed = threading.Condition()
+"""Held where what is in force on a model changes, and where a call begins or ends."""
 skipping: ContextVar[bool] = ContextVar("vtc_skipping", default=False)
 """Whether the running call of the tower leaves out the blocks that nobody reads."""
 
@@ -55,8 +57,9 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
         TypeError: a model of an unknown family (the message lists the known), or what torch.compile returned.
         RuntimeError: the model was wrapped, and this is called inside its generate(); another thread's is waited for.
     """
-    hooks = hooks_of(model) or Hooks(_inner(model))
-    hooks.replace(Compression(hooks.adapter, _resolve(method), budget))
+    compression = Compression(_inner(model), _resolve(method), budget)
+    with changed:
+        (hooks_of(model) or Hooks(_inner(model))).replace(compression)
     return model
 
 
@@ -65,8 +68,9 @@ def unwrap(model: Model) -> Model:
 
     Raises RuntimeError inside a generate() of the model; one of another thread is waited for.
     """
-    if (hooks := hooks_of(model)) is not None:
-        hooks.replace(None)
+    with changed:
+        if (hooks := hooks_of(model)) is not None:
+            hooks.replace(None)
     return model
 
 
@@ -78,9 +82,10 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
     has chosen nothing are refused with a RuntimeError, rather than read in a way that is not its own: a thread that is
     started inside a block opens one itself, or runs in a copy of the context (`contextvars.copy_context().run`).
     """
-    hooks = hooks_of(model) or Hooks(_inner(model))
-    compression = Compression(hooks.adapter, _resolve(method), budget)
-    hooks.enter(compression)
+    compression = Compression(_inner(model), _resolve(method), budget)
+    with changed:
+        hooks = hooks_of(model) or Hooks(_inner(model))
+        hooks.enter(compression)
     chosen.set((*chosen.get(), compression))
     try:
         yield LiveTrace(compression)
@@ -120,11 +125,12 @@ def _resolve(method: str | Method) -> Method:
 class Compression:
     """A method that is bound to a model and a budget, and the trace of its last forward."""
 
-    def __init__(self, adapter: adapters.Adapter, method: Method, budget: Budget | None):
+    def __init__(self, model: nn.Module, method: Method, budget: Budget | None):
         check_budget(budget)
-        self.adapter, self.budget = adapter, budget
+        self.adapter, self.budget = adapters.find(model), budget
+        adapter = self.adapter
         self.shape, tokens = adapter.shape(), adapter.tokens_per_image()
-        self.method = method.bind(adapter.model, budget, tokens)
+        self.method = method.bind(model, budget, tokens)
         self.windows = any(adapter.window(layer) is not None for layer in adapter.layers)
         self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
         self.running: set[int] = set()
@@ -179,15 +185,10 @@ class Hooks:
         """(owner, name, the owner's own before, if any) of each method that is replaced."""
         self._modules: list[nn.Module] = []
         """All that the model was made of when its hooks were hung."""
-        self._changed = threading.Condition()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: what is in force here and now is in force there for good."""
-        state = {k: v for k, v in vars(self).items() if k != "_changed"}
-        return {**state, "_lasting": self.compression, "_passing": []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _changed=threading.Condition())
+        return {**vars(self), "_lasting": self.compression, "_passing": []}
 
     @property
     def compression(self) -> Compression:
@@ -213,18 +214,18 @@ class Hooks:
         """Put in force what `wrap` made; None: nothing."""
         if self._generates():
             raise RuntimeError("this model's generate() is running: wrap or unwrap the model when it has returned")
-        with self._changed:
+        with changed:
             self._finish(self._lasting)
             self._lasting = compression
             self._update()
 
     def enter(self, compression: Compression) -> None:
-        with self._changed:
+        with changed:
             self._passing.append(compression)
             self._update()
 
     def leave(self, compression: Compression) -> None:
-        with self._changed:
+        with changed:
             self._finish(compression)
             self._passing.remove(compression)
             self._update()
@@ -232,11 +233,11 @@ class Hooks:
     def _finish(self, compression: Compression | None) -> None:
         """Wait until no other thread runs a call under a compression."""
         if compression is not None:
-            self._changed.wait_for(lambda: compression.running <= {threading.get_ident()})
+            changed.wait_for(lambda: compression.running <= {threading.get_ident()})
 
     def _begin(self, sees: bool) -> Compression:
         """The compression of a call that begins; with `sees` it brings images."""
-        with self._changed:
+        with changed:
             compression = self.compression
             if sees and compression in self._passing and compression not in chosen.get():
                 raise RuntimeError(
@@ -257,9 +258,9 @@ class Hooks:
         """The end of a call; one inside generate() is a part of that."""
         if self._generates():
             return
-        with self._changed:
+        with changed:
             compression.running.discard(threading.get_ident())
-            self._changed.notify_all()
+            changed.notify_all()
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -435,7 +436,8 @@ class Hooks:
 
 def _around(original: Callable, function: Callable, *first: Any) -> Callable:
     """`function(*first, original, ...)` in place of a method; unlike a closure it is copied along with its model."""
-    return functools.update_wrapper(functools.partial(function, *first, original), original)
+    replacement = functools.partial(function, *first, original)
+    return functools.update_wrapper(replacement, original, ("__name__", "__doc__"), ())
 
 
 def _prompt_length(args: tuple, kwargs: dict[str, Any]) -> int | None:
