@@ -69,10 +69,10 @@ def hide(inputs: dict, what: str) -> dict:
             mask[row, run] = 0
     elif what == "holes":
         mask[images & (torch.rand(mask.shape, generator=generator) < 0.4)] = 0
-    elif what == "edges":  # the first and the last visual token of each row, and all but one in between
+    elif what == "edges":  # the first tokens of each row's images and the last
         for row in range(len(mask)):
             places = images[row].nonzero()[:, 0].tolist()
-            mask[row, places[:1] + places[2:]] = 0
+            mask[row, places[:7] + places[-9:]] = 0
     elif what == "holes everywhere":
         mask[torch.rand(mask.shape, generator=generator) < 0.2] = 0
         mask[:, -1] = inputs["attention_mask"][:, -1]
@@ -84,11 +84,11 @@ def hide(inputs: dict, what: str) -> dict:
 
 
 def placed(model, inputs: dict) -> dict:
-    """With the positions that generate() would give, where they are a line."""
-    first, mask = family(model).first_position, inputs["attention_mask"]
-    if first is None:
-        return inputs
-    return {**inputs, "position_ids": (mask.cumsum(1) - 1 + first).masked_fill(mask == 0, first)}
+    """With positions along the line, as generate() gives them; also in three axes, where transformers cannot number
+    a prompt whose images are hidden."""
+    mask, first = inputs["attention_mask"], family(model).first_position
+    positions = (mask.cumsum(1) - 1 + (first or 0)).masked_fill(mask == 0, first or 0)
+    return {**inputs, "position_ids": positions if first is not None else positions.expand(3, -1, -1)}
 
 
 HIDDEN = ["first image", "holes", "edges", "holes everywhere", "all images", "row"]
@@ -112,12 +112,12 @@ CELLS += [
 def test_hidden_tokens_are_none(name, setting, what):
     """They are not listed, not counted and not in the cache; what stays answers as under the masking oracle."""
     model, method = FAMILIES[name].model, METHODS[setting]
-    inputs = hidden_prompt(model, what, "left" if HIDDEN.index(what) % 2 else "right")
+    inputs = placed(model, hidden_prompt(model, what, "left" if HIDDEN.index(what) % 2 else "right"))
     shown = visual(inputs["input_ids"]) & inputs["attention_mask"].bool()
     text = (inputs["attention_mask"].bool() & ~visual(inputs["input_ids"])).sum(1)
     vtc.wrap(model, *method)
     with torch.no_grad():
-        out = model(**placed(model, inputs))
+        out = model(**inputs)
     trace = model.vtc.trace
     vtc.unwrap(model)
     for layer in range(trace.depth):
@@ -138,6 +138,8 @@ def test_hidden_tokens_are_none(name, setting, what):
 @pytest.mark.parametrize(("name", "setting", "what"), CELLS[::4])
 def test_hidden_tokens_in_generation(name, setting, what):
     model, method = FAMILIES[name].model, METHODS[setting]
+    if family(model).first_position is None:
+        pytest.skip("transformers itself cannot number such a prompt")
     inputs = hidden_prompt(model, what, "left")
     vtc.wrap(model, *method)
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)

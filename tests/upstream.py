@@ -3,7 +3,7 @@
     python tests/upstream.py CHECKOUT [--families llava,gemma3] [--method vtc-cls]
 
 CHECKOUT is a folder with transformers' `tests` package. Its source distribution leaves out all but the top of that, so
-take the tests of a version near the installed one from the repository. They need `parameterized`. Prints for each family
+take those of a version near the installed one from the repository. They need `parameterized`. Prints for each family
 how many tests pass bare and wrapped, and the names of those that pass bare only. Not a part of the suite.
 """
 
