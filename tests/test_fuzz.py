@@ -154,8 +154,10 @@ def guesses(case: Case, model, inputs: dict, parts: list) -> list:
     parts = [copy.copy(parts[0])]
     parts[0].ids = parts[0].ids[:-4] + ids[0, -4:].tolist()
     alone = batch(model, parts)
-    expected = model.generate(**alone, **GREEDY)
-    return [(model.generate(**alone, **GREEDY, prompt_lookup_num_tokens=3), expected)]
+    guessed, expected = (model.generate(**alone, **GREEDY, prompt_lookup_num_tokens=tokens) for tokens in (3, None))
+    if _dropped_nothing(model):  # a guess joins PaliGemma's prefix then, as it does in the bare model
+        expected = vtc.unwrap(model).generate(**alone, **GREEDY, prompt_lookup_num_tokens=3)
+    return [(guessed, expected)]
 
 
 def beams(case: Case, model, inputs: dict, parts: list) -> list:
@@ -178,6 +180,8 @@ def beams(case: Case, model, inputs: dict, parts: list) -> list:
 
 
 def second_turn(case: Case, model, inputs: dict, parts: list) -> list:
+    if family(model).first_position is None and case.hidden != "nothing":
+        return []  # transformers itself goes on from another position where the mask has holes
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     trace, count = _traced(model), len(inputs["input_ids"])
     question = torch.randint(7, 90, (count, 4), generator=torch.Generator().manual_seed(case.seed))
@@ -201,7 +205,7 @@ def second_image(case: Case, model, inputs: dict, parts: list) -> list:
     both = batch(model, [first + second])
     with torch.no_grad():
         cache = model(**batch(model, [first])).past_key_values
-        early = model.vtc.trace
+        early = _traced(model)
         late = {**batch(model, [second]), "attention_mask": both["attention_mask"]}
         out = model(**late, past_key_values=cache).logits
     trace = _traced(model)
@@ -292,6 +296,11 @@ def _traced(model):
     return model.vtc.trace if "vtc" in vars(model) else None
 
 
+def _dropped_nothing(model) -> bool:
+    trace = _traced(model)
+    return trace is not None and all(stage.kept.equal(stage.valid) for stage in trace.stages)
+
+
 def _masked(model, trace, inputs: dict, new):
     """The oracle's logits: those of the bare model with the dropped keys masked."""
     return oracle.masked_logits(vtc.unwrap(model), trace, inputs, new)
@@ -353,7 +362,7 @@ def _bare_raises(case: Case, model, inputs: dict, parts: list, error: Exception)
     try:
         case.mode(case, model, inputs, parts)
     except Exception as own:
-        return type(own) is type(error)
+        return type(own) is type(error) and str(own) == str(error)
     return False
 
 
