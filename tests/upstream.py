@@ -2,9 +2,9 @@
 
     python tests/upstream.py CHECKOUT [--families llava,gemma3] [--method vtc-cls]
 
-CHECKOUT is a folder with transformers' `tests` package. Its source distribution leaves out all but the top of that, so
-take those of a version near the installed one from the repository. They need `parameterized`. Prints for each family
-how many tests pass bare and wrapped, and the names of those that pass bare only. Not a part of the suite.
+CHECKOUT is a folder with transformers' `tests` and `src`. Its source distribution has of `tests` the top folder only, so
+take the others from the repository, of a version near the installed one. They need `parameterized`. Prints for each
+family how many tests pass bare and wrapped, and the names of those that pass bare only. Not a part of the suite.
 """
 
 from __future__ import annotations

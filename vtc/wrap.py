@@ -78,9 +78,10 @@ def unwrap(model: Model) -> Model:
 def compressed(model: nn.Module, method: str | Method, budget: Budget | None = None) -> Iterator[LiveTrace]:
     """`wrap` for the length of a `with` block, in its own thread. Yields the latest trace.
 
-    Threads can compress one model in different ways at the same time. While a block is open, images of a thread that
-    has chosen nothing are refused with a RuntimeError, rather than read in a way that is not its own: a thread that is
-    started inside a block opens one itself, or runs in a copy of the context (`contextvars.copy_context().run`).
+    Threads can compress one model in different ways at the same time; for those that chose nothing what `wrap` did
+    stays in force. Where it did nothing, their images are refused with a RuntimeError while a block is open, rather
+    than read in a way that is not their own: a thread that is started inside a block opens one itself, or runs in a
+    copy of the context (`contextvars.copy_context().run`).
     """
     compression = Compression(_inner(model), _resolve(method), budget)
     with changed:
