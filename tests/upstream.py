@@ -2,7 +2,7 @@
 
     python tests/upstream.py CHECKOUT [--families llava,gemma3] [--method vtc-cls]
 
-CHECKOUT is a folder with transformers' `tests` and `src`. Its source distribution has of `tests` the top folder only, so
+CHECKOUT is a folder with transformers' `tests` and `src`. Its source distribution has of `tests` the top folder only:
 take the others from the repository, of a version near the installed one. They need `parameterized`. Prints for each
 family how many tests pass bare and wrapped, and the names of those that pass bare only. Not a part of the suite.
 """
