@@ -59,8 +59,6 @@ def test_what_methods_prints_is_what_the_methods_say():
     known = {
         name: (method.__doc__.strip().splitlines()[0], method.paper) for name, method in vtc.list_methods().items()
     }
-        name: (method.__doc__.strip().splitlines()[0], method.paper) for name, method in vtc.list_methods().items()
-    }
     assert described() == known
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -132,20 +133,25 @@ class Adapter:
 
     def unread_blocks(self, call: dict[str, Any]) -> Sequence[nn.Module]:
         """The tower's blocks whose outputs no one asks for in this call of `get_image_features`; they are not run."""
-        asked = call.get("vision_feature_layer") not in (None, getattr(self.model.config, "vision_feature_layer", None))
+        asked = call.get("vision_feature_layer") not in (None, self._feature_setting("vision_feature_layer", None))
         if asked or call.get("output_hidden_states") or call.get("output_attentions"):
             return ()
         return self.encoder_blocks()[self._last_read() :]
 
     def _last_read(self) -> int:
         """How many of the tower's blocks it takes to make what the projector reads."""
-        blocks, read = len(self.encoder_blocks()), getattr(self.model.config, "vision_feature_layer", -1)
+        blocks, read = len(self.encoder_blocks()), self._feature_setting("vision_feature_layer", -1)
         # hidden_states[i] is the output of block i - 1; several layers may be read and concatenated
         return max(layer % (blocks + 1) for layer in ([read] if isinstance(read, int) else read))
 
     def has_cls(self) -> bool:
         """Whether token 0 of the tower's sequence is a CLS token that the projector does not read."""
-        return getattr(self.model.config, "vision_feature_select_strategy", "full") == "default"
+        return self._feature_setting("vision_feature_select_strategy", "full") == "default"
+
+    def _feature_setting(self, name: str, default: Any) -> Any:
+        """An entry of the config, where the family's encoder takes it as an argument: others do not read theirs."""
+        takes = inspect.signature(type(self.backbone).get_image_features).parameters
+        return getattr(self.model.config, name, default) if name in takes else default
 
     def tower_attention(self, block: nn.Module) -> Attention:
         """The attention parts of one tower block."""

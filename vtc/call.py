@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import vtc.held as held
-from vtc.clock import Moment
+from vtc.adapter import Adapter
+from vtc.clock import Moment, Passage
+from vtc.compression import Compression
 from vtc.features import Encoding
-from vtc.need import Record
+from vtc.need import Need, Record
 
 answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
 """How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
@@ -23,19 +25,38 @@ answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
 class Call:
     """One call of the backbone."""
 
+    compression: Compression
     inputs: dict[str, Any]
     """Its keyword arguments."""
     modalities: dict[str, Tensor]
     """(batch, length) bool for each modality: its placeholders."""
     encodings: dict[str, tuple[Encoding | None, int]] = field(default_factory=dict)
     """By modality what the tower showed, and how many features the encoder's output holds."""
-    ahead: int = 0
-    """Tokens at the end that do not belong to the prompt: guesses in assisted generation, or an answer to be rated."""
+    prompt: int | None = None
+    """The length of the prompt that generate() was given, cached positions included; None outside generate()."""
     record: Record = field(default_factory=dict)
     """What the hooks on the decoder have written."""
     late: list[Tensor] = field(default_factory=list)
     """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
     started: Moment = 0.0
+
+    def __post_init__(self) -> None:
+        self.record = {need: {} for need in self.compression.needs}
+
+    def ahead(self, total: int) -> int:
+        """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
+        answer to be rated."""
+        return max(0 if self.prompt is None else total - self.prompt, answering.get())
+
+    def recorded(self, need: Need, device: torch.device) -> dict[str, Tensor]:
+        """What the hooks on the decoder wrote for a need, on the prompt's device."""
+        record, self.record[need] = self.record[need], {}
+        return {name: (x[0] if isinstance(x, tuple) else x).to(device) for name, x in record.items()}
+
+    @property
+    def passages(self) -> list[Passage]:
+        """What the tower took."""
+        return [passage for encoding, _ in self.encodings.values() if encoding for passage in encoding.passages]
 
     def encoded(self, device: torch.device) -> Iterator[tuple[Encoding | None, int, Tensor]]:
         """Encoding, features and places of each modality that there is."""
@@ -64,3 +85,23 @@ class Call:
             raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
         if static and windows:
             raise ValueError("a static cache cannot hold a pruned prompt beyond a sliding window: use a DynamicCache")
+
+
+def modalities(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding."""
+    tokens, ids, embeds = adapter.placeholders(), inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None:
+        return {modality: ids == token for modality, token in tokens.items()}
+    embedding = adapter.backbone.get_input_embeddings()
+    return {
+        modality: (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
+        for modality, token in tokens.items()
+    }
+
+
+def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many positions the prompt has that generate() is given, cached ones included; None where it does not tell."""
+    names = ("attention_mask", "inputs_embeds", "input_ids", "inputs")
+    given = [x for x in (*map(kwargs.get, names), *args[:1]) if isinstance(x, Tensor)]
+    unknown = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is not None
+    return None if unknown or not given or given[0].ndim > 3 else given[0].shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Columns:
     """As `place`, float32: as how many tokens each one counts, as a key; None: as one."""
 
     @classmethod
-    def counted(cls, start: int, real: Tensor | None, shape: tuple[int, int], device: torch.device) -> Columns:
+    def counted(cls, start: int, real: Tensor | None, shape: tuple[int, int], device: Any) -> Columns:
         """All columns from `start` on, for a sequence of `shape` (batch, length), where it is `real`."""
         place = torch.arange(start, start + shape[1], device=device).expand(shape)
         return cls(place if real is None else place.masked_fill(~real, -1), ragged=real is not None)

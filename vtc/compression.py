@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
-from torch import nn
-
 import vtc.adapter as adapters
 from vtc.budget import check_budget, counts
-from vtc.stage import Budget, Cache, Method
+from vtc.stage import Budget, Cache, Method, Stage
 from vtc.trace import Trace
 
 
 class Compression:
-    """What `model.vtc` is: the bound method, and the trace of the last forward."""
+    """A method that is bound to a model and a budget, and the trace of its last forward."""
 
-    def __init__(self, model: nn.Module, method: Method, budget: Budget | None):
+    def __init__(self, model: Any, method: Method, budget: Budget | None):
         check_budget(budget)
-        self.adapter = adapters.find(model)
+        self.adapter, self.budget = adapters.find(model), budget
         self.shape, tokens = self.adapter.shape(), self.adapter.tokens_per_image()
-        self.method, self.budget = method.bind(model, budget, tokens), budget
-        self.stages = self.method.stages(self.shape)
+        self.method = method.bind(model, budget, tokens)
         self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
-        self.handles: list[Any] = []
-        """What `remove` takes off the model."""
-        self._last = threading.local()
-        self._latest = Trace()
+        self.running: set[int] = set()
+        """The threads in whose calls it is in force."""
+        self._latest, self._last = Trace(), threading.local()
         for need in self.needs:
             need.modules(self.adapter)  # raises where the model has no such thing
-        for stage in self.stages:
-            if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:
-                raise ValueError(
-                    f"{method.name} drops from the cache of decoder layer {stage.site.layer}, which has a sliding "
-                    "window and forgets by itself: take a method that drops before the decoder or within it"
-                )
+        self._check_windows()
         if tokens is not None:
             self.keep(tokens)  # raises where the budget is out of reach
 
-    @property
-    def depth(self) -> int:
-        """Decoder layers."""
-        return self.shape.decoder_layers
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: stages are made anew, traces and running calls stay behind."""
+        return {name: x for name, x in vars(self).items() if name not in ("stages", "running", "_latest", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, running=set(), _latest=Trace(), _last=threading.local())
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.method.stages(self.shape)
+
+    def _check_windows(self) -> None:
+        for stage in self.stages:
+            if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:
+                raise ValueError(
+                    f"{self.method.name} drops from the cache of decoder layer {stage.site.layer}, which has a sliding "
+                    "window and forgets by itself: take a method that drops before the decoder or within it"
+                )
 
     @property
     def trace(self) -> Trace:
-        """Of this thread's last forward or generate; of the latest anywhere if this thread has run none."""
+        """Of this thread's last forward or generate that came to its end; of the latest anywhere if it has run none."""
         return getattr(self._last, "trace", self._latest)
 
     def publish(self, trace: Trace) -> None:
@@ -54,8 +60,3 @@ class Compression:
     def keep(self, tokens: int) -> tuple[int, ...]:
         """How many of an image's `tokens` stay after each stage."""
         return counts(self.method, tokens, self.budget, self.shape)
-
-    def remove(self) -> None:
-        """Take all hooks off the model."""
-        while self.handles:
-            self.handles.pop().remove()

@@ -43,6 +43,10 @@ class Encoding:
     passages: list[Passage]
     """What the tower and the projector took, and what those rows took."""
 
+    def shows(self, needs: Iterable[Need]) -> bool:
+        """Whether the tower was observed for all that these needs ask of it."""
+        return all(need in image.rows for image in self.images for need in needs if need.tower)
+
     def repeated(self, copies: int, tokens_per_row: list[int]) -> list[Encoded]:
         """The images in prompt order of a batch whose rows, with so many visual tokens, come in runs of `copies`."""
         images, result = iter(self.images), []
@@ -64,14 +68,19 @@ class Placed:
     """(tokens,) int64."""
     first: int
     last: int
+    shown: int = 0
+    """How many of its tokens the attention mask does not hide."""
 
 
-def locate(encodings: Iterable[tuple[Encoding | None, int, Tensor]], length: int, joins_tiles: bool) -> list[Placed]:
+def locate(
+    encodings: Iterable[tuple[Encoding | None, int, Tensor]], needs: Sequence[Need], length: int, joins_tiles: bool
+) -> list[Placed]:
     """The images of a prompt, in its order.
 
     Args:
         encodings: for each modality what the tower showed, how many features the encoder's output holds by now, and
             where the placeholders are, (batch, length) bool.
+        needs: what has to be known of each image.
         length: of the prompt's rows.
         joins_tiles: whether images whose places touch are tiles of one.
 
@@ -79,9 +88,10 @@ def locate(encodings: Iterable[tuple[Encoding | None, int, Tensor]], length: int
     """
     found: list[tuple[Encoded, Tensor]] = []
     for encoding, entries, mask in encodings:
-        if encoding is None:
+        if encoding is None or not encoding.shows(needs):
             raise RuntimeError(
-                "these image features were encoded before vtc.wrap: the tower was not observed; encode them anew"
+                "these image features were encoded before vtc.wrap, or for another method: the tower was not observed "
+                "as this one needs it; encode them anew"
             )
         images = encoding.images
         if entries != encoding.entries:

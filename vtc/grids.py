@@ -29,7 +29,7 @@ def places(grids: tuple[Grid, ...], length: int) -> Tensor:
 def shares(grids: Sequence[Grid], count: int) -> list[tuple[int, int, int]]:
     """Where each grid starts and ends among an image's tokens, and how many of `count` are its own, by its size."""
     ends = list(accumulate((height * width for height, width in grids), initial=0))
-    filled = [count * end // ends[-1] for end in ends]
+    filled = [count * end // max(ends[-1], 1) for end in ends]
     return [(*range_, after - before) for range_, (before, after) in zip(pairwise(ends), pairwise(filled), strict=True)]
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
+import vtc.compact as compact
 from vtc.columns import Columns
-from vtc.compact import Plan, gather
 from vtc.trace import Trace
 
 
@@ -136,16 +137,34 @@ def keys(cache: Any, layer: int, count: int) -> Tensor:
     return held.keys[:, :, :count]
 
 
-def narrow(cache: Any, layer: int, plan: Plan) -> None:
-    """Leave a layer the keys and values of a plan over (batch, length) or (batch * key_heads, length).
+def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, lengths: list[int]) -> Columns:
+    """Take keys and values out of a layer of a cache that has just taken in a stream; what it holds after that.
 
-    Raises ValueError for layers that cannot give any back: those of a fixed size, quantised, or with a window.
+    Args:
+        before: what the layer held before this call; all of it stays.
+        now: that, and the stream's.
+        stays: (batch, [key_heads,] length) bool: what stays of the stream.
+        lengths: how many that are in each row.
+
+    Raises ValueError for caches that cannot give anything back: none, or one of a fixed size, quantised, or with windows.
     """
-    held = cache.layers[layer]
-    if type(held).__name__ != "DynamicLayer":
+    if cache is None:
+        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
+    if type(held := cache.layers[layer]) is not DynamicLayer:
         raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {type(held).__name__}")
-    batch, heads = held.keys.shape[:2]
-    index = plan.index.view(batch, -1, plan.index.shape[1]).expand(-1, heads, -1).flatten(0, 1)
-    held.keys, held.values = (
-        gather(x.flatten(0, 1), index).unflatten(0, (batch, heads)) for x in (held.keys, held.values)
+    if stays.ndim > now.place.ndim:
+        now = now.by_head(stays.shape[1])
+    heads = now.place[0].numel() // now.length
+    everything = now.place >= 0
+    everything[..., before.length :] = stays if stays.ndim == everything.ndim else stays[:, None]
+    counts = torch.tensor(lengths)[:, None].expand(-1, heads)
+    counts = counts + (
+        everything[..., : before.length].sum(-1).view(-1, heads).cpu() if before.ragged else before.length
     )
+    plan = compact.plan(everything.flatten(0, -2), counts.flatten().tolist())
+    batch, every = held.keys.shape[:2]
+    index = plan.index.view(batch, heads, -1).expand(-1, every, -1).flatten(0, 1)
+    held.keys, held.values = (
+        compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)
+    )
+    return now.kept(plan)

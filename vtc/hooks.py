@@ -1,148 +1,179 @@
-"""Hanging a compression on its model: which hook tells which part of a forward."""
+"""What hangs on a wrapped model: which hook tells which part of a forward. It hangs once, whoever compresses."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.call import Call, answering
+import vtc.adapter as adapters
+from vtc.call import Call, modalities, prompt_length
 from vtc.clock import Clock
 from vtc.compression import Compression
 from vtc.features import Encoded, Encoding
+from vtc.force import InForce
 from vtc.forward import Forward
-from vtc.need import Record, recording
+from vtc.need import Need, Record, recording
 from vtc.observe import Tower
-from vtc.patch import Patch
+from vtc.patch import Patch, around
 from vtc.skipping import skippable, skipped
 
 running: ContextVar[Call | Forward | None] = ContextVar("vtc_running", default=None)
 """The call of the backbone that runs, and once its decoder runs, the forward."""
-asked: ContextVar[int] = ContextVar("vtc_asked", default=0)
-"""How many positions at the end the running call wants logits of: all but the first of them come after the prompt."""
 
 
-def install(compression: Compression) -> None:
-    """Hang `compression` on its model; `Compression.remove` takes it off."""
-    adapter, bind = compression.adapter, functools.partial
-    backbone, decoder = adapter.backbone, adapter.decoder
-    compression.handles += [
-        *(
-            Patch(
-                backbone, name := f"get_{modality}_features", _observed(compression, modality, getattr(backbone, name))
-            )
-            for modality in adapter.placeholders()
-        ),
-        adapter.model.register_forward_pre_hook(_ask, with_kwargs=True),
-        backbone.register_forward_pre_hook(bind(_enter, compression), with_kwargs=True),
-        backbone.register_forward_hook(_leave, always_call=True),
-        decoder.register_forward_pre_hook(bind(_enter_decoder, compression), with_kwargs=True),
-        decoder.register_forward_hook(_leave_decoder),
-        *(
-            handle
-            for number, layer in enumerate(adapter.layers)
-            for handle in (
-                layer.register_forward_pre_hook(bind(_enter_layer, number), with_kwargs=True),
-                layer.register_forward_hook(bind(_leave_layer, number)),
-            )
-        ),
-        *(handle for need in compression.needs for handle in need.hooks(adapter)),
-        *skippable(adapter),
-    ]
-    _tell_compiler(adapter.model)
+class Hooks(InForce):
+    """What `model.vtc` is: all that hangs on a model, and the compressions that are in force on it."""
 
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.adapter = model, adapters.find(model)
+        if vars(self.adapter.backbone).get("vtc") is not None:
+            raise ValueError(f"a part of this {type(model).__name__} is wrapped: unwrap that one first")
+        self._handles: dict[Need | None, list[Any]] = {}
+        """Of the hooks of each need, and of those that are always there (None)."""
+        self._patches: list[Patch] = []
+        self._modules: list[nn.Module] = []
+        """All that the model was made of when its hooks were hung."""
 
-# -- the vision tower -------------------------------------------------------------------------------------------------
+    # -- hanging --------------------------------------------------------------------------------------------------
 
+    def fits(self) -> bool:
+        return list(self.model.modules()) == self._modules
 
-def _observed(compression: Compression, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The encoder, which leaves on its output what the tower showed."""
-    signature, adapter = inspect.signature(original), compression.adapter
+    def update(self) -> None:
+        """Bring the hooks in line with what is in force, and with the modules that run now."""
+        in_force, modules = self.compressions, list(self.model.modules())
+        needs = {need: None for compression in in_force for need in compression.needs}
+        if not in_force or modules != self._modules:
+            self._take_off(self._handles)
+            while self._patches:
+                self._patches.pop().remove()
+        if not in_force:
+            return
+        if not self._patches:
+            self._patch()
+        self._take_off(self._handles.keys() - {None, *needs})
+        if None not in self._handles:
+            self._handles[None] = self._hang()
+        for need in needs.keys() - self._handles.keys():
+            self._handles[need] = need.hooks(self.adapter)
+        self._modules = modules
+        _tell_compiler(self.model)
 
-    @functools.wraps(original)
-    def get_features(*args: Any, **kwargs: Any) -> Any:
+    def _take_off(self, needs: Iterable[Need | None]) -> None:
+        for need in list(needs):
+            for handle in self._handles.pop(need):
+                handle.remove()
+
+    def _patch(self) -> None:
+        model, backbone = self.model, self.adapter.backbone
+        self._patches += [Patch(owner, "vtc", self) for owner in dict.fromkeys((model, backbone))]
+        if hasattr(model, "generate"):
+            self._patches.append(Patch(model, "generate", around(model.generate, self._generate)))
+        for modality in self.adapter.placeholders():
+            name = f"get_{modality}_features"
+            self._patches.append(Patch(backbone, name, around(getattr(backbone, name), self._features, modality)))
+        self._patches += skippable(self.adapter)
+
+    def _hang(self) -> list[Any]:
+        backbone, decoder = self.adapter.backbone, self.adapter.decoder
+        handles = [
+            backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
+            backbone.register_forward_hook(self._leave, always_call=True),
+            decoder.register_forward_pre_hook(_enter_decoder, with_kwargs=True),
+            decoder.register_forward_hook(_leave_decoder),
+        ]
+        for number, layer in enumerate(self.adapter.layers):
+            enter, leave = functools.partial(_enter_layer, number), functools.partial(_leave_layer, number)
+            handles += [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
+        return handles
+
+    # -- a call ---------------------------------------------------------------------------------------------------
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.generating(prompt_length(args, kwargs)):
+            return original(*args, **kwargs)
+
+    def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        running.set(None)
+        given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        sees = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        compression = self.begin(sees or bool(given.get("mm_encoder_outputs")))
+        call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
+        for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
+            call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
+        running.set(call)
+
+    def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
+        if (call := running.get()) is not None:
+            self.end(call.compression)
+        running.set(None)
+        recording.set(None)
+
+    # -- the vision tower -----------------------------------------------------------------------------------------
+
+    def _features(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The encoder, which leaves on its output what the tower showed."""
         if recording.get() is not None:  # one modality's encoder is made of the other's
             return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs).arguments
-        call = {**call, **call.pop("kwargs", {})}
-        record: Record = {}
-        token, start = recording.set(record), Clock.now(adapter.model.device)
+        call = running.get()
+        compression = self.begin(sees=True) if call is None else call.compression
         try:
-            with skipped(adapter, call) as skips:
+            outputs = self._observed(compression, original, args, kwargs)
+        finally:
+            if call is None:
+                self.end(compression)
+        if isinstance(call, Call):
+            call.encodings[modality] = (outputs["vtc"], len(outputs.pooler_output))
+        return outputs
+
+    def _observed(self, compression: Compression, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        call = {**call, **call.pop("kwargs", {})}
+        if call.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
+            return original(*args, **kwargs)  # a tuple has no room for what was seen, and no gaps
+        record: Record = {need: {} for need in compression.needs}
+        token, start = recording.set(record), Clock.now(self.model.device)
+        try:
+            with skipped(self.adapter, call) as skips:
                 outputs = original(*args, **kwargs)
         finally:
             recording.reset(token)
         if skips:  # what would stand there is not the tower's last state
             outputs = type(outputs)(**{name: x for name, x in outputs.items() if name != "last_hidden_state"})
-        seen = Clock.now(adapter.model.device)
-        images = _encoded(compression, record, call, outputs.pooler_output)
-        passages = [("vision", start, seen), ("score", seen, Clock.now(adapter.model.device))]
+        seen = Clock.now(self.model.device)
+        images = self._encoded(compression, record, call, outputs.pooler_output)
+        passages = [("vision", start, seen), ("score", seen, Clock.now(self.model.device))]
         outputs["vtc"] = Encoding(images, len(outputs.pooler_output), passages)  # an entry outlives moves to a device
-        if isinstance(call := running.get(), Call):
-            call.encodings[modality] = (outputs["vtc"], len(outputs.pooler_output))
         return outputs
 
-    return get_features
-
-
-def _encoded(compression: Compression, record: Record, call: dict[str, Any], features: Any) -> list[Encoded]:
-    """What the tower showed about each image."""
-    adapter = compression.adapter
-    tower = Tower(adapter, call)
-    rows = {need: need.row(record.get(need, {}), tower) for need in compression.needs if need.tower}
-    packed = {need: adapter.pack(row.transpose(1, 2), call) for need, row in rows.items()}
-    return [
-        Encoded({need: rows[image].T for need, rows in packed.items()}, grids)
-        for image, grids in enumerate(adapter.parts(call, [len(feature) for feature in features]))
-    ]
+    def _encoded(self, compression: Compression, record: Record, call: dict[str, Any], features: Any) -> list[Encoded]:
+        """What the tower showed about each image."""
+        tower = Tower(self.adapter, call)
+        rows = {need: need.row(record[need], tower) for need in compression.needs if need.tower}
+        packed = {need: self.adapter.pack(row.transpose(1, 2), call) for need, row in rows.items()}
+        return [
+            Encoded({need: rows[image].T for need, rows in packed.items()}, grids)
+            for image, grids in enumerate(self.adapter.parts(call, [len(feature) for feature in features]))
+        ]
 
 
 # -- the decoder ------------------------------------------------------------------------------------------------------
 
 
-def _ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    keep = kwargs.get("logits_to_keep")
-    asked.set(keep if isinstance(keep, int) else 0)
-
-
-def _enter(compression: Compression, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-    call = Call(given, _modalities(compression, given), ahead=max(asked.get() - 1, answering.get()))
-    for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
-        call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
-    running.set(call)
-
-
-def _modalities(compression: Compression, given: dict[str, Any]) -> dict[str, Tensor]:
-    """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding."""
-    tokens, ids, embeds = compression.adapter.placeholders(), given.get("input_ids"), given.get("inputs_embeds")
-    if ids is not None:
-        return {modality: ids == token for modality, token in tokens.items()}
-    embedding = compression.adapter.backbone.get_input_embeddings()
-    return {
-        modality: (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
-        for modality, token in tokens.items()
-    }
-
-
-def _leave(backbone: nn.Module, args: tuple, outputs: Any) -> None:
-    running.set(None)
-    recording.set(None)
-    asked.set(0)
-
-
-def _enter_decoder(compression: Compression, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _enter_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not isinstance(call := running.get(), Call):
         return None
-    forward = Forward.of(compression, call, kwargs)
+    forward = Forward.of(call, kwargs)
     running.set(forward)
     kwargs = forward.enter_decoder(kwargs)
-    recording.set(call.record if forward.visibility is not None and forward.stream.images else None)
+    recording.set(call.record if forward.busy and forward.stream.images else None)
     return args, kwargs
 
 
@@ -153,14 +184,14 @@ def _leave_decoder(decoder: nn.Module, args: tuple, outputs: Any) -> None:
 
 
 def _enter_layer(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(forward := running.get(), Forward) or forward.visibility is None:
+    if not isinstance(forward := running.get(), Forward) or not forward.busy:
         return None
     hidden, kwargs = forward.before_layer(number, args[0], kwargs)
     return (hidden, *args[1:]), kwargs
 
 
 def _leave_layer(number: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
-    if isinstance(forward := running.get(), Forward) and forward.visibility is not None:
+    if isinstance(forward := running.get(), Forward) and forward.busy:
         forward.after_layer(number, output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -31,16 +32,18 @@ class Need:
         raise NotImplementedError
 
     def hooks(self, adapter: Any) -> list[RemovableHandle]:
-        """Hook the modules, so that `recording` gets their outputs."""
+        """Hook the modules, so that the running call's record gets their outputs."""
+        return [
+            module.register_forward_hook(partial(self._keep, name)) for name, module in self.modules(adapter).items()
+        ]
 
-        def keep(name: str):
-            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-                if (record := recording.get()) is not None:
-                    record.setdefault(self, {})[name] = output
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        if (record := self.record()) is not None:
+            record[name] = output
 
-            return hook
-
-        return [module.register_forward_hook(keep(name)) for name, module in self.modules(adapter).items()]
+    def record(self) -> dict[str, Any] | None:
+        """Where the running call keeps what is seen for this need; None where it has not asked for it."""
+        return (recording.get() or {}).get(self)
 
     def row(self, record: dict[str, Any], context: Any) -> Tensor:
         """What was seen, float32: (crops, channels, patches) of a tower, (images, channels, tokens) of a decoder.
@@ -52,4 +55,4 @@ class Need:
 
 Record = dict[Need, dict[str, Any]]
 recording: ContextVar[Record | None] = ContextVar("vtc_recording", default=None)
-"""Where the hooks write. It belongs to the running call: another thread on the same model has its own."""
+"""Where the hooks write: an entry for each need of the running call. Another thread on the same model has its own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -17,3 +19,9 @@ class Patch:
         delattr(self.owner, self.name)
         for name, value in self.own.items():
             setattr(self.owner, name, value)
+
+
+def around(original: Callable[..., Any], function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """`function(*first, original, ...)` in place of a method; unlike a closure it is copied along with its model."""
+    replacement = functools.partial(function, *first, original)
+    return functools.update_wrapper(replacement, original, ("__name__", "__doc__"), ())

@@ -7,12 +7,13 @@ than the widest one; `keep` (images,) int64, the number that stays of each image
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from vtc.choice import Choice, Seen
-from vtc.grids import evenly_spaced, shares
+from vtc.grids import cells, evenly_spaced, shares
 
 
 def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
@@ -24,9 +25,15 @@ def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
 
 
 def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-    """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at."""
+    """`keep` tokens evenly spaced over each image's grids, each by its size; the scores are not looked at.
+
+    Of an image that is partly hidden, the tokens that can be seen are taken as one line.
+    """
     picked = torch.zeros_like(seen.valid)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
+        if (shown := seen.valid[image].nonzero()[:, 0].tolist()) != list(range(cells(parts))):
+            picked[image, [shown[cell] for cell in evenly_spaced(1, len(shown), count)]] = True
+            continue
         for (height, width), (start, _, share) in zip(parts, shares(parts, count), strict=True):
             picked[image, [start + cell for cell in evenly_spaced(height, width, share)]] = True
     return Choice(picked)
@@ -35,11 +42,14 @@ def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
 def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The highest scores of each grid of an image: tiles and frames share the image's `keep` by their sizes.
 
-    At the encoder site only, where all tokens are there yet.
+    At the encoder site only, where all tokens are there yet. What is hidden is no part of a grid's size.
     """
     picked = torch.zeros_like(seen.valid)
+    scores = scores.masked_fill(~seen.valid, -math.inf)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
-        for start, end, share in shares(parts, count):
+        ends = list(accumulate((height * width for height, width in parts), initial=0))
+        shown = [(int(seen.valid[image, start:end].sum()), 1) for start, end in pairwise(ends)]
+        for (start, end), (_, _, share) in zip(pairwise(ends), shares(shown, count), strict=True):
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
     return Choice(picked)

@@ -11,14 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache
+import transformers
+from torch import nn
 
 from vtc.adapter import Adapter
+from vtc.call import modalities
+from vtc.wrapping import hooks_of
 
 
 @torch.no_grad()
-def prefix(model: nn.Module, **inputs: Any) -> Cache:
+def prefix(model: nn.Module, **inputs: Any) -> transformers.Cache:
     """The pruned cache of a beginning that prompts share, to be deep-copied for each of them.
 
     Args:
@@ -33,19 +35,22 @@ def prefix(model: nn.Module, **inputs: Any) -> Cache:
         ValueError: the model is not wrapped, or its tokens do not depend on the image alone: the method has stages
             inside the decoder, or the text of a prompt is read by its image (PaliGemma).
     """
-    if (compression := model.__dict__.get("vtc")) is None:
+    if (hooks := hooks_of(model)) is None:
         raise ValueError("wrap the model first: vtc.wrap(model, 'vtc-cls', budget=0.25)")
+    compression = hooks.compression
     if late := [stage.site for stage in compression.stages if stage.site != 0]:
         raise ValueError(
             f"{compression.method.name} drops before decoder layers {late}, where the question matters: prompts can "
             "share what a method does before the decoder only, such as vtc-cls, tome or uniform"
         )
-    if _image_reads_text(compression.adapter, inputs):
+    if _image_reads_text(hooks.adapter, inputs):
         raise ValueError("the image of this model reads the question: prompts have no beginning that is the same")
-    return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    cache: transformers.Cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    return cache
 
 
-def _image_reads_text(adapter: Adapter, inputs: dict[str, Tensor]) -> bool:
-    blocks, ids = adapter.blocks(inputs), inputs["input_ids"]
-    text = torch.stack([ids != token for token in adapter.placeholders().values()]).all(0)
-    return blocks is not None and bool((blocks[text] >= 0).any())
+def _image_reads_text(adapter: Adapter, inputs: dict[str, Any]) -> bool:
+    if (blocks := adapter.blocks(inputs)) is None:
+        return False
+    visual = torch.stack(list(modalities(adapter, inputs).values())).any(0)
+    return bool((blocks[~visual] >= 0).any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtc.adapter import Adapter
-from vtc.patch import Patch
+from vtc.patch import Patch, around
 
 skipping: ContextVar[bool] = ContextVar("vtc_skipping", default=False)
 """Whether the running call of the tower leaves them out."""
@@ -19,7 +18,7 @@ skipping: ContextVar[bool] = ContextVar("vtc_skipping", default=False)
 
 def skippable(adapter: Adapter) -> list[Patch]:
     """Let the tower's unread blocks hand their input on while `skipped`."""
-    return [Patch(block, "forward", _skippable(block.forward)) for block in adapter.unread_blocks({})]
+    return [Patch(block, "forward", around(block.forward, _run)) for block in adapter.unread_blocks({})]
 
 
 @contextmanager
@@ -33,9 +32,5 @@ def skipped(adapter: Adapter, call: dict[str, Any]) -> Iterator[bool]:
         skipping.reset(token)
 
 
-def _skippable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(forward)
-    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden if skipping.get() else forward(hidden, *args, **kwargs)
-
-    return run
+def _run(forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden if skipping.get() else forward(hidden, *args, **kwargs)

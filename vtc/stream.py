@@ -24,39 +24,51 @@ class Stream:
     """A running sequence. Nothing in it is changed: what leaves, leaves a new stream behind."""
 
     columns: Columns
+    start: int
+    """The first column of this call."""
+    tail: int
+    """How many tokens at the end are the same in every layer: the text after the last image of any row."""
     source: Tensor
     """(batch, entered): which position answers for each one that came in, its last survivor at or before it."""
-    lengths: list[int] = field(default_factory=list)
-    """Real positions of each row, where there are images."""
-    images: Sequence[Placed] = ()
-    row: Tensor | None = None
+    images: Sequence[Placed]
+    row: Tensor
     """(images,): the batch row of each image."""
-    places: Tensor | None = None
+    places: Tensor
     """(images, tokens): where each visual token came in, in its row."""
-    index: Tensor | None = None
+    index: Tensor
     """(images, left): which token of its image each one is that is left."""
-    valid: Tensor | None = None
-    """(images, left) bool, False where an image has fewer of them than another."""
-    counts: list[int] = field(default_factory=list)
-    """How many are left of each image."""
+    valid: Tensor
+    """(images, left) bool, False at the filling, and where the attention mask hides a token: that is none."""
+    lengths: list[int]
+    """Real positions of each row, where there are images."""
+    counts: list[int]
+    """How many tokens are left of each image."""
     rows: dict[Need, Tensor] = field(default_factory=dict)
     """What was seen of those: (images, channels, left) float32."""
-    gate: Tensor | None = None
-    """(images, left): the product of the soft gates so far, in training."""
 
     @classmethod
-    def entering(cls, columns: Columns, images: Sequence[Placed], lengths: list[int]) -> Stream:
-        """The unpruned sequence. `lengths` are wanted where there are images."""
-        batch, length = columns.place.shape
-        source = torch.arange(length, device=columns.place.device).expand(batch, length)
-        if not images:
-            return cls(columns, source)
-        places = pad_sequence([image.places % length for image in images], batch_first=True)
-        counts = [len(image.places) for image in images]
-        row = torch.tensor([image.first // length for image in images], device=places.device)
-        index = torch.arange(places.shape[1], device=places.device).expand_as(places)
-        valid = index < torch.tensor(counts, device=places.device)[:, None]
-        return cls(columns, source, lengths, images, row, places, index, valid, counts)
+    def entering(cls, start: int, real: Tensor | None, embeds: Tensor, images: Sequence[Placed]) -> Stream:
+        """The unpruned sequence of `embeds` (batch, length, width), whose columns begin at `start`.
+
+        `real` (batch, length) bool tells padding. With images the host asks the device once how long rows are; without
+        images it never does.
+        """
+        (batch, length), device = embeds.shape[:2], embeds.device
+        row = torch.tensor([image.first // length for image in images], dtype=torch.long, device=device)
+        places = pad_sequence([image.places % length for image in images], batch_first=True) if images else row[:, None]
+        index = torch.arange(places.shape[1], device=device).expand_as(places)
+        counts, lengths, padded_right = [len(image.places) for image in images], [length] * batch, False
+        valid = index < torch.tensor(counts, dtype=torch.long, device=device)[:, None]
+        if images and real is not None:
+            valid = valid & real[row[:, None], places]
+            *measured, filled = torch.cat((real.sum(1), valid.sum(1), real[:, -1:].all(0))).tolist()
+            lengths, counts, padded_right = measured[:batch], measured[batch:], not filled
+            real = None if min(lengths) == length else real
+        images = [replace(image, shown=count) for image, count in zip(images, counts, strict=True)]
+        tail = 0 if padded_right else length - max((1 + image.last % length for image in images), default=0)
+        columns = Columns.counted(start, real, (batch, length), device)
+        source = torch.arange(length, device=device).expand(batch, length)
+        return cls(columns, start, tail, source, images, row, places, index, valid, lengths, counts)
 
     @property
     def length(self) -> int:
@@ -70,7 +82,9 @@ class Stream:
     @property
     def alive(self) -> Tensor:
         """(images, left) bool: the tokens that are left; under soft gates those that a hard drop would have left."""
-        return self.valid if self.gate is None else self.valid & (self.gate > 0.5)
+        if self.columns.weight is None:
+            return self.valid
+        return self.valid & (self.columns.weight[self.row[:, None], self.position] > 0.5)
 
     def seen(self, needs: Sequence[Need]) -> Seen:
         """What score and select functions get."""
@@ -93,14 +107,15 @@ class Stream:
         x = x[self.row]
         return x.gather(2, self.position[:, None].expand(-1, x.shape[1], -1))
 
-    def entered(self, start: int) -> Tensor:
-        """(batch, length): where each token came in, in its row, whose columns begin at `start`."""
-        return (self.columns.place - start).clamp(min=0)
+    @property
+    def entered(self) -> Tensor:
+        """(batch, length): where each token came in, in its row."""
+        return (self.columns.place - self.start).clamp(min=0)
 
-    def gone(self, entered: Stream) -> Tensor:
+    def gone(self, before: Stream) -> Tensor:
         """(batch, entered) bool: the tokens of the stream that came in which are no longer there."""
-        before = entered.columns.place
-        return (before >= 0) & (compact.gather(self.columns.place, self.source) != before)
+        column = before.columns.place
+        return (column >= 0) & (compact.gather(self.columns.place, self.source) != column)
 
     def apply(self, choice: Choice, counts: list[int], scores: Tensor, hidden: Tensor) -> tuple[Stream, Tensor]:
         """What a choice, by which `counts` tokens of each image stay, leaves of the stream and of its states
@@ -123,8 +138,9 @@ class Stream:
 
     def gated(self, gate: Tensor) -> Stream:
         """In training: nothing leaves, and tokens count as keys as much as all gates (images, left) so far let them."""
-        gate = gate + 1e-6 if self.gate is None else self.gate * (gate + 1e-6)
-        return replace(self.weighed(gate), gate=gate)
+        before = self.columns.weight
+        gate = gate + 1e-6
+        return self.weighed(gate if before is None else gate * before[self.row[:, None], self.position])
 
     def stays(self, keep: Tensor) -> Tensor:
         """(batch, [heads,] length) bool: text stays, filling goes, tokens as `keep` (images, [heads,] left) says."""
@@ -137,10 +153,12 @@ class Stream:
         return spare[..., :-1] if keep.ndim == 3 else spare[:, 0, :-1]
 
     def lengths_after(self, counts: list[int]) -> list[int]:
-        """Real positions of each row when `counts` tokens of each image are left."""
+        """Real positions of each row when `counts` tokens of each image are left. Raises ValueError where none are."""
         lengths = list(self.lengths)
         for row, before, after in zip(self.batch_rows, self.counts, counts, strict=True):
             lengths[row] -= max(0, before - after)
+            if before > after and not lengths[row]:
+                raise ValueError("a prompt of images alone has nothing left at budget 0: add text or raise the budget")
         return lengths
 
     def dropped(self, keep: Tensor, counts: list[int]) -> tuple[Stream, Tensor]:

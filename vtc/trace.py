@@ -46,7 +46,7 @@ class Trace:
     rows: list[int] = field(default_factory=list)
     """The batch row of each image."""
     sizes: list[int] = field(default_factory=list)
-    """Visual tokens of each image or video."""
+    """Visual tokens of each image or video; one that the attention mask hides has a number, but is never listed."""
     parts: list[list[Grid]] = field(default_factory=list)
     """The grids that they form, (height, width) each, in token order: a whole image, or tiles, or frames."""
     stages: list[StageTrace] = field(default_factory=list)
@@ -56,7 +56,10 @@ class Trace:
         """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""
         self._check(layer)
         past = [n for n, stage in enumerate(self.stages) if not isinstance(stage.site, Cache) and stage.site <= layer]
-        return self.kept(past[-1]) if past else self._per_row([torch.arange(size) for size in self.sizes])
+        if past or not self.stages:
+            return self.kept(past[-1] if past else -1)
+        entered, valid = self.stages[0].entered.cpu(), self.stages[0].valid.cpu()
+        return self._per_row([index[real] for index, real in zip(entered, valid, strict=True)])
 
     def held(self, layer: int) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens whose keys and values a layer's cache holds after

@@ -13,11 +13,9 @@ from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.columns import Columns
 from vtc.compact import gather
+from vtc.rotary import Tables
 from vtc.stream import Stream
 from vtc.visibility import Visibility
-
-Tables = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary embedding, (batch or 1, length, head_dim) each."""
 
 
 @dataclass(frozen=True, eq=False)

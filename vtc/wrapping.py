@@ -1,4 +1,4 @@
-"""The one call: find the adapter, bind the method, install the hooks; and take all of it back."""
+"""The one call: bind the method, hang the hooks; and take all of it back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-import vtc.hooks as hooks
 from vtc.compression import Compression
+from vtc.force import changed
+from vtc.hooks import Hooks
 from vtc.methods import find_method
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
@@ -25,51 +26,87 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
     so `get_image_features` has no `last_hidden_state` there, unless it is asked for hidden states.
 
     Args:
-        model: a Hugging Face vision-language model of a family that `vtc` has an adapter for.
+        model: a Hugging Face vision-language model of a family that `vtc` has an adapter for, bare or in a `PeftModel`.
         method: a name out of `vtc.list_methods()`, what else `vtc.find_method` takes, or a method object such as
             `FastV(layer=3, ratio=0.5)`.
         budget: visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's
-            tokens (float in (0, 1]). None: the method's own defaults.
+            tokens (float in (0, 1]). None: the method's own defaults. Tokens that `attention_mask` hides are none of
+            the image's: they are not counted and not chosen from.
 
     Returns:
-        The same object. `model.vtc.trace` tells what happened in the last forward or generate. A model that was
-        wrapped already is wrapped anew.
+        The same object. `model.vtc.trace` tells what happened in the last forward or generate that came to its end.
+        A model that was wrapped already is wrapped anew. Copies of it (`copy.deepcopy`, `pickle`, `torch.save`) are
+        wrapped, too.
 
     Raises:
-        ValueError: unknown method (the message lists the known), or a method that cannot work on this model.
+        ValueError: unknown method (the message lists the known), a method that cannot work on this model, or a model
+            that is part of a wrapped one or has such a part.
         BudgetError: a budget out of the method's reach (the message names the range). Where the number of tokens
             is only known at run time, so is the error.
         TypeError: a model of an unknown family (the message lists the known), or what torch.compile returned.
+        RuntimeError: the model was wrapped, and this is called inside its generate(); another thread's is waited for.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
-    compression = Compression(model, find_method(method), budget)
-    unwrap(model)
-    hooks.install(compression)
-    model.vtc = compression
+    compression = Compression(_inner(model), find_method(method), budget)
+    with changed:
+        (_idle(model) or Hooks(_inner(model))).replace(compression)
     return model
 
 
 def unwrap(model: Model) -> Model:
-    """Take back all that `wrap` did: hooks, the patched method, the `vtc` attribute. Harmless on a bare model."""
-    if (compression := model.__dict__.get("vtc")) is not None:
-        compression.remove()
-        del model.vtc
+    """Take back all that `wrap` did: hooks, patched methods, the `vtc` attribute. Harmless on a bare model.
+
+    Raises RuntimeError inside a generate() of the model; one of another thread is waited for.
+    """
+    with changed:
+        if (hooks := _idle(model)) is not None:
+            hooks.replace(None)
     return model
 
 
 @contextmanager
 def compressed(model: nn.Module, method: str | Method, budget: Budget | None = None) -> Iterator[LiveTrace]:
-    """`wrap` for the length of a `with` block; a wrapping that was there before comes back. Yields the latest trace."""
-    before = model.__dict__.get("vtc")
-    wrap(model, method, budget)
+    """`wrap` for the length of a `with` block, in its own thread. Yields the latest trace.
+
+    Threads can compress one model in different ways at the same time; for those that chose nothing what `wrap` did
+    stays in force. Where it did nothing, their images are refused with a RuntimeError while a block is open, rather
+    than read in a way that is not their own: a thread that is started inside a block opens one itself, or runs in a
+    copy of the context (`contextvars.copy_context().run`).
+    """
+    compression = Compression(_inner(model), find_method(method), budget)
+    with changed:
+        hooks = hooks_of(model) or Hooks(_inner(model))
+        hooks.enter(compression)
     try:
-        yield LiveTrace(model.vtc)
+        yield LiveTrace(compression)
     finally:
-        unwrap(model)
-        if before is not None:
-            hooks.install(before)
-            model.vtc = before
+        hooks.leave(compression)
+
+
+def hooks_of(model: nn.Module) -> Hooks | None:
+    """What hangs on a model, or on the one inside what PEFT made of it.
+
+    Raises ValueError where it hangs on a model that this one is a part of.
+    """
+    inner = _inner(model)
+    hooks: Hooks | None = vars(inner).get("vtc")
+    if hooks is not None and hooks.model is not inner:
+        raise ValueError(f"this is a part of a {type(hooks.model).__name__} that is wrapped: unwrap that one first")
+    return hooks
+
+
+def _idle(model: nn.Module) -> Hooks | None:
+    """What hangs on a model, when no other thread runs a call under what `wrap` put in force: that may be another one
+    by then."""
+    while (hooks := hooks_of(model)) is not None and hooks.busy() and not hooks.generates():
+        changed.wait()
+    return hooks
+
+
+def _inner(model: nn.Module) -> Any:
+    """The model itself, inside what PEFT made of it."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class LiveTrace:

@@ -15,7 +15,7 @@ import vtc.compact as compact
 import vtc.merge as merge
 import vtc.scores as scores
 from vtc.adapter import Adapter
-from vtc.need import Need, recording
+from vtc.need import Need
 from vtc.observe import Tower
 from vtc.stage import Budget, Method, Shape, Share, Stage
 
@@ -118,12 +118,9 @@ class MergedPatches(Need):
         first = torch.full_like(size, 2 * length, dtype=torch.long).scatter_reduce(1, source, place, "amin") % length
         return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, protected:]
 
-    def _record(self) -> dict[str, Any] | None:
-        return None if (record := recording.get()) is None else record.setdefault(self, {})
-
     def _weigh(self, block: nn.Module, args: tuple) -> tuple | None:
         """Before a block: each key counts as many times as it has patches."""
-        if (record := self._record()) is None:
+        if (record := self.record()) is None:
             return None
         hidden, _, *rest = args
         if "size" not in record:
@@ -134,12 +131,12 @@ class MergedPatches(Need):
         return hidden, record["size"].log()[:, None, None].to(hidden.dtype), *rest
 
     def _keep_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if (record := self._record()) is not None:
+        if (record := self.record()) is not None:
             record["key"] = output
 
     def _merge(self, number: int, adapter: Adapter, block: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         """After a block: its share of what there is to merge."""
-        if (record := self._record()) is None:
+        if (record := self.record()) is None:
             return None
         protected, length, whole = int(adapter.has_cls()), hidden.shape[1], record["source"].shape[1]
         target = protected + max(1, round(self.share * (whole - protected)))
@@ -156,7 +153,7 @@ class MergedPatches(Need):
 
     def _unmerge(self, block: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         """After the last block: every patch gets the features of its group."""
-        if (record := self._record()) is None or record["size"].shape == record["source"].shape:
+        if (record := self.record()) is None or record["size"].shape == record["source"].shape:
             return None
         return compact.gather(hidden, record["source"])
 
