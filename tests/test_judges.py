@@ -124,7 +124,7 @@ def test_hidden_tokens_are_none(name, setting, what):
         for row, alive in enumerate(trace.alive(layer)):
             places = visual(inputs["input_ids"][row]).nonzero()[:, 0]
             assert shown[row, places[alive]].all()
-            if layer == 0 and trace.stages[0].layer:
+            if layer == 0 and trace.stages[0].site:
                 assert len(alive) == shown[row].sum()
         held = (text + trace.tokens_per_layer[:, layer]).max()
         assert out.past_key_values.layers[layer].get_seq_length() in (held, inputs["input_ids"].shape[1])
