@@ -1,37 +1,49 @@
 """The model `vtc` of lmms-eval: any family that `vtc.wrap` knows, behind any of its methods and budgets.
 
-Replies are the checkpoint's own: its chat template, its processor, greedy unless the task says otherwise; stop strings
-are left to the model, as in lmms-eval's own chat models.
+Replies are the checkpoint's own: its chat template, its processor, greedy unless the task says otherwise, cut off where
+a stop string begins that the task names.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.loggers.evaluation_tracker import GeneralConfigTracker
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import vtc
 from vtc.cost import kv_bytes
+from vtc.eval import arguments
+from vtc.eval.folder import Store
 from vtc.eval.reader import Chat, load, model_path, pick_device
-from vtc.eval.run import Store, resolve
+from vtc.eval.run import resolve
 
+Document = tuple[Chat, list[Image.Image]]
+"""A conversation, and the images in it in the order of their mention."""
 MEASURES = ("visual_tokens", "prefill_ms", "kv_bytes")
 checkpoint_name = GeneralConfigTracker._get_model_name
 FULL = ("uniform", 1.0)
@@ -49,8 +61,18 @@ class Measured(TokenCounts):
     kv_bytes: int = 0
     """Keys and values of the prompt after the prefill, without the batch's padding."""
 
+    @classmethod
+    def total(cls, counts: Sequence[Measured]) -> Measured:
+        """Of several rounds together."""
+        sums = {f.name: [getattr(c, f.name) for c in counts if getattr(c, f.name) is not None] for f in fields(cls)}
+        return cls(**{name: sum(values) if values else None for name, values in sums.items()})
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **{name: getattr(self, name) for name in MEASURES}}
+
+
+class Unreadable(ValueError):
+    """A batch of documents that the processor does not take; the cause says why."""
 
 
 class Vtc(lmms):
@@ -58,11 +80,17 @@ class Vtc(lmms):
 
     Args:
         pretrained: "reference", a model folder or a hub id.
-        method, budget: as `vtc.wrap` takes them; a budget without a method is an error.
+        method: a name, a JSON file of `vtc tune`, or a `vtc.Method`.
+        budget: as `vtc.wrap` takes it, or "25%"; a budget without a method is an error.
         device: "auto", "cpu", "cuda", ...; with several processes each takes its own.
         device_map: as transformers takes it, "auto" for a model that is larger than one GPU.
+        dtype, attn_implementation, revision: as `from_pretrained` takes them.
+        min_pixels, max_pixels: of an image, where the processor reads them (Qwen-VL).
+        given: the method's hyper-parameters, in --model_args as in
+            `pretrained=reference,method=transprune,alpha=0.3,layers=[2,3,4],budget=25%`.
 
-    Raises what `vtc.wrap` raises; RuntimeError where several processes were started but do not see each other.
+    Raises what `vtc.wrap` and `reader.load` raise; RuntimeError where several processes were started but do not see
+    each other. Warns where several were asked for and there is one.
     """
 
     is_simple = False
@@ -70,24 +98,43 @@ class Vtc(lmms):
     def __init__(
         self,
         pretrained: str,
-        method: str | None = None,
-        budget: int | float | None = None,
+        method: str | vtc.Method | None = None,
+        budget: int | float | str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **given: Any,
     ):
         super().__init__()
+        self.batch_size = arguments.batch_size(batch_size)
+        if method is None and budget is not None:
+            raise ValueError(f"a budget of {budget} needs a method: method=vtc-cls, for example")
+        if method is None and given:
+            raise TypeError(f"{', '.join(given)}: neither an argument of vtc nor, without a method, a hyper-parameter")
+        arm = FULL if method is None else (arguments.method(method, given), arguments.budget(budget))
         device = pick_device(device or "auto")
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
-            raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
-        self.reader = load(model_path(pretrained), device_map or (str(self.accelerator.device) if several else device))
-        self.batch_size = int(batch_size)
+        _check_processes(several)
+        self.reader = load(
+            model_path(pretrained),
+            device_map or (str(self.accelerator.device) if several else device),
+            dtype=dtype,
+            revision=None if revision is None else str(revision),  # lmms-eval reads a commit of digits as a number
+            pixels={k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None},
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
         self.replies: Store | None = None
-        if method is None and budget is not None:
-            raise ValueError(f"a budget of {budget} needs a method: method=vtc-cls, for example")
-        self.use(*(FULL if method is None else (method, budget)))
+        self.failed: dict[tuple[str, int], str] = {}
+        """What kept questions, by task and number, from being asked; only noted where there is a store of replies."""
+        self.taken: list[tuple[str, Measured]] = []
+        self.seconds = 0.0
+        self.use(*arm)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Vtc:
@@ -99,77 +146,145 @@ class Vtc(lmms):
     def device(self) -> torch.device:
         return self.reader.device
 
+    @property
+    def chat_template(self) -> str:
+        """Read by lmms-eval for --apply_chat_template only, which its own tasks do not survive."""
+        raise ValueError("vtc always asks by the checkpoint's chat template: leave --apply_chat_template out")
+
+    apply_chat_template = chat_template
+
     def use(self, method: str | vtc.Method, budget: int | float | None) -> None:
         """Answer with this method and budget from now on."""
-        self.arm = method, budget
+        self.arm = str(method), budget
         vtc.wrap(self.reader.model, resolve(method) if isinstance(method, str) else method, budget)
+
+    # -- what lmms-eval calls ---------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The replies in the order of `requests`. Any error is the caller's to see."""
-        replies: dict[int, GenerationResult] = {}
+        return self._all(requests, self._answers, GenerationResult)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each request's answer: the mean of its tokens' negative log-likelihoods, and whether greedy says it.
+
+        The mean, and negative, because lmms-eval's tasks take the smallest for the best, as its own models give it.
+        """
+        return self._all(requests, self._rated, lambda rated, _: tuple(rated))
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """The replies of all rounds of each request; each round's prompt is the task's, made of the replies before."""
+        return self._all(requests, self._rounds, lambda replies, _: replies)
+
+    def clean(self) -> None:
+        """Called in every process once all requests are answered, also where a process had none to answer."""
+        self._report()
+        super().clean()
+
+    def _all(self, requests: list[Instance], answers: Any, result: Any) -> list[Any]:
+        found: dict[int, Any] = {}
         start = time.perf_counter()
         with tqdm(total=len(requests), desc=f"{self.arm[0]} {self.arm[1]}", disable=self.rank != 0) as bar:
             for rows in _batches(requests, self.batch_size):
-                replies |= zip(rows, self._known_or_asked([requests[row] for row in rows]), strict=True)
+                found |= zip(rows, self._known_or_asked([requests[row] for row in rows], answers), strict=True)
                 bar.update(len(rows))
-        ordered = [replies[row] for row in range(len(requests))]
-        self._report(requests, ordered, time.perf_counter() - start)
-        return ordered
+        self.seconds += time.perf_counter() - start
+        ordered = [found[row] for row in range(len(requests))]
+        self.taken += [
+            (request.task_name, reply.token_counts)
+            for request, reply in zip(requests, ordered, strict=True)
+            if "__padding_only__" not in request.metadata  # repeats that keep the processes in step
+        ]
+        return [result(reply.text, reply.token_counts) for reply in ordered]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("vtc answers by generating; take a task with `output_type: generate_until`")
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("vtc answers in one round; take a task with `output_type: generate_until`")
-
-    def _known_or_asked(self, requests: list[Instance]) -> list[GenerationResult]:
+    def _known_or_asked(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         if self.replies is None:
-            return self._answers(requests)
+            return answers(requests)
         missing = {self._key(request): request for request in requests}
         missing = [request for key, request in missing.items() if key not in self.replies.lines]
-        lines = [
-            {**self._identity(request), "prediction": reply.text, "measured": asdict(reply.token_counts)}
-            for request, reply in zip(missing, self._answers(missing), strict=True)
-        ]
-        self.replies.add(lines)
-        known = [self.replies.lines[self._key(request)] for request in requests]
+        new = {
+            self._key(request): {
+                **self._identity(request),
+                "prediction": reply.text,
+                "measured": asdict(reply.token_counts),
+            }
+            for request, reply in zip(missing, answers(missing), strict=True)
+        }
+        failed = {self._key(request) for request in missing if self._where(request) in self.failed}
+        self.replies.add([line for key, line in new.items() if key not in failed])  # they are asked again next time
+        known = [new.get(key) or self.replies.lines[key] for key in map(self._key, requests)]
         return [GenerationResult(line["prediction"], Measured(**line["measured"])) for line in known]
 
-    def _identity(self, request: Instance) -> dict[str, Any]:
+    @staticmethod
+    def _where(request: Instance) -> tuple[str, int]:
         *_, number, task, _ = request.args
-        return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}"}
+        return task, number
+
+    def _identity(self, request: Instance) -> dict[str, Any]:
+        task, number = self._where(request)
+        choice = f"/{request.idx}" if request.request_type == "loglikelihood" else ""
+        return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}{choice}"}
 
     def _key(self, request: Instance) -> str:
         return json.dumps(list(self._identity(request).values()))
 
+    # -- asking -----------------------------------------------------------------------------------------------------
+
     def _answers(self, requests: list[Instance]) -> list[GenerationResult]:
-        documents = [self._document(request) for request in requests]
-        replies: dict[int, GenerationResult] = {}
-        for with_image in (True, False):  # a processor takes a batch with images in each row, or in none
-            rows = [row for row, (_, images) in enumerate(documents) if bool(images) is with_image]
-            if rows:
-                answers = self.ask([documents[row] for row in rows], **_options(requests[rows[0]].args[2]))
-                replies |= zip(rows, answers, strict=True)
-        return [replies[row] for row in range(len(requests))]
+        if not requests:
+            return []
+        options = arguments.generation(_asked(requests[0]))
+        return self._each(requests, lambda batch, documents: self.ask(documents, **options), "")
 
-    def _document(self, request: Instance) -> tuple[Chat, list[Image.Image]]:
-        _, messages, _, number, task, split = request.args
-        return chat(messages(self.task_dict[task][split][number]))
+    def _rated(self, requests: list[Instance]) -> list[GenerationResult]:
+        prompts: dict[Any, list[Instance]] = {}
+        for request in requests:  # a question's choices have one prompt
+            prompts.setdefault((*self._where(request), request.args[0]), []).append(request)
 
-    def ask(self, documents: Sequence[tuple[Chat, list[Image.Image]]], **options: Any) -> list[GenerationResult]:
-        """Reply and what it took for each (chat, images); either all of them have images or none has."""
-        inputs = self.reader.chats(*zip(*documents, strict=True))
-        new = self.reader.generate(inputs, **options)
-        texts = self.reader.processor.batch_decode(new, skip_special_tokens=True)
-        return [GenerationResult(*pair) for pair in zip(texts, self._measured(inputs, new), strict=True)]
+        def rate(self, documents: Sequence[Document], answers: Sequence[Sequence[str]]) -> list[GenerationResult]:
+        """For each document, of each of its answers: (mean negative log-likelihood of its tokens, whether greedy).
 
-    def _measured(self, inputs: dict[str, torch.Tensor], new: torch.Tensor) -> list[Measured]:
+        The prompts alone are prefilled and pruned, once; each answer goes on from a copy of the cache. So no answer is
+        looked at when it is decided what stays.
+        """
+        inputs = self._inputs(documents)
+        with torch.inference_mode():
+            prompt = self.reader.model(**inputs, use_cache=True, logits_to_keep=1)
+        measured = self._measured(inputs, inputs["input_ids"][:, :0])
+        rated: list[list[tuple[float, bool]]] = [[] for _ in documents]
+        for number in range(max(map(len, answers))):  # the documents' first answers together, then their second ones
+            chosen = [choices[min(number, len(choices) - 1)] for choices in answers]
+            ids = [self.reader.continuation(chat, text) for (chat, _), text in zip(documents, chosen, strict=True)]
+            for row, pair in enumerate(self._likelihoods(prompt, inputs["attention_mask"], ids)):
+                rated[row] += [pair] if number < len(answers[row]) else []
+        return [GenerationResult(*pair) for pair in zip(rated, measured, strict=True)]
+
+    def _likelihoods(self, prompt: Any, mask: torch.Tensor, ids: list[list[int]]) -> list[tuple[float, bool]]:
+        rows = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(self.device)
+        with torch.inference_mode():
+            answer = self.reader.model(
+                input_ids=rows,
+                attention_mask=torch.cat((mask, torch.ones_like(rows)), dim=1),
+                past_key_values=copy.deepcopy(prompt.past_key_values),
+            )
+        logits = torch.cat((prompt.logits[:, -1:], answer.logits[:, :-1]), dim=1).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), rows, reduction="none")
+        greedy = logits.argmax(-1) == rows
+        return [(float(losses[i, : len(row)].mean()), bool(greedy[i, : len(row)].all())) for i, row in enumerate(ids)]
+
+    def _inputs(self, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+        try:
+            return self.reader.chats(*zip(*documents, strict=True))
+        except Exception as error:  # of the processor, and so of what it was given
+            raise Unreadable from error
+
+    def _measured(self, inputs: dict[str, torch.Tensor], new: torch.Tensor, beams: int = 1) -> list[Measured]:
         model, tokenizer = self.reader.model, self.reader.processor.tokenizer
         adapter, trace = model.vtc.adapter, model.vtc.trace
+        visual = torch.stack([inputs["input_ids"] == token for token in adapter.placeholders().values()]).any(0)
         prompt = inputs["attention_mask"].sum(1).tolist()
-        text = (inputs["attention_mask"].bool() & (inputs["input_ids"] != adapter.image_token_id)).sum(1).tolist()
+        text = (inputs["attention_mask"].bool() & ~visual).sum(1).tolist()
         written = (new != tokenizer.pad_token_id).sum(1).tolist()
-        layers, element = trace.tokens_per_layer.tolist(), torch.finfo(model.dtype).bits // 8
+        layers, element = trace.tokens_per_layer[::beams].tolist(), torch.finfo(model.dtype).bits // 8
         seconds = trace.seconds.get("prefill")
         return [
             Measured(
@@ -182,14 +297,12 @@ class Vtc(lmms):
             for row, visual in enumerate(layers)
         ]
 
-    def _report(self, requests: list[Instance], replies: list[GenerationResult], seconds: float) -> None:
+    def _report(self) -> None:
         """Means over all processes, into the results file: lmms-eval puts "avg_" before each name."""
-        own = [
-            (request.task_name, reply.token_counts)
-            for request, reply in zip(requests, replies, strict=True)
-            if "__padding_only__" not in request.metadata  # repeats that keep the processes in step
-        ]
-        everywhere = gather_object(own)
+        everywhere, seconds = gather_object(self.taken), self.seconds
+        self.taken, self.seconds = [], 0.0
+        if not everywhere or not seconds:
+            return
         means = {"processes": self.accelerator.num_processes}
         for task in dict.fromkeys(task for task, _ in everywhere):
             for measure in MEASURES:
@@ -198,6 +311,25 @@ class Vtc(lmms):
                 means[f"{task}/{measure}"] = sum(known) / len(known) if known else None
         written = sum(count.output_tokens for _, count in everywhere)
         log_metrics(seconds, written, written / seconds, means)
+
+
+class Simple(Vtc):
+    """The same model for tasks that lmms-eval words for "simple" models: multiple choice by likelihood."""
+
+    is_simple = True
+
+
+def _check_processes(several: bool) -> None:
+    """Several processes that were promised by the launcher have to be there, and have to know of each other."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+        raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        warnings.warn(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu: this run takes "
+            "all questions itself. Start several with torchrun, and on CPUs with ACCELERATE_USE_CPU=true",
+            stacklevel=2,
+        )
 
 
 def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
@@ -211,26 +343,30 @@ def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
 
 
 def folder_name(model_args: str) -> str:
-    """What the folder of a run is named after: the checkpoint, the method and the budget."""
+    """What the folder of a run is named after: the checkpoint, the method, its hyper-parameters and the budget."""
     given = simple_parse_args_string(model_args)
     method = [Path(given["method"]).stem] if "method" in given else []
+    hyper = [f"{name}={value}" for name, value in given.items() if name not in inspect.signature(Vtc).parameters]
     budget = [str(given["budget"])] if "budget" in given else []
-    return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *budget])
+    return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *hyper, *budget])
 
 
 def _batches(requests: list[Instance], size: int) -> Iterator[list[int]]:
-    """Indices of requests that may be answered together: of one task, and so with the same options."""
+    """Indices of requests that may be answered together: of one task, and with the same options of generation."""
     groups: dict[str, list[int]] = {}
     for row, request in enumerate(requests):
-        groups.setdefault(json.dumps([request.task_name, request.args[2]], default=str), []).append(row)
+        options = [argument for argument in request.args if isinstance(argument, dict)]
+        groups.setdefault(json.dumps([request.task_name, options], default=str), []).append(row)
     for rows in groups.values():
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
 
-def _options(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options of `generate` for what a task file asks."""
-    options = {"max_new_tokens": asked.get("max_new_tokens", 1024), "num_beams": asked.get("num_beams", 1)}
-    if asked.get("temperature", 0) > 0:
-        options |= {"do_sample": True, "temperature": asked["temperature"], "top_p": asked.get("top_p")}
-    return options
+def _asked(request: Instance) -> dict[str, Any]:
+    """What the task asks of generation: chat tasks have it third, those for simple models second."""
+    return next(argument for argument in request.args if isinstance(argument, dict))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Up to the first of the strings that end a reply."""
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
