@@ -240,7 +240,99 @@ class Vtc(lmms):
         for request in requests:  # a question's choices have one prompt
             prompts.setdefault((*self._where(request), request.args[0]), []).append(request)
 
-        def rate(self, documents: Sequence[Document], answers: Sequence[Sequence[str]]) -> list[GenerationResult]:
+        def rate(batch: list[Instance], documents: list[Document]) -> list[GenerationResult]:
+            chosen = [prompts[(*self._where(request), request.args[0])] for request in batch]
+            return self.rate(documents, [[self._target(choice) for choice in choices] for choices in chosen])
+
+        found = self._each([choices[0] for choices in prompts.values()], rate, None)
+        rated: dict[int, GenerationResult] = {}
+        for choices, reply in zip(prompts.values(), found, strict=True):
+            for choice, one in zip(choices, reply.text or [(math.inf, False)] * len(choices), strict=True):
+                rated[id(choice)] = GenerationResult(one, reply.token_counts)
+        return [rated[id(request)] for request in requests]
+
+    def _rounds(self, requests: list[Instance]) -> list[GenerationResult]:
+        return [self._conversation(request) for request in requests]
+
+    def _conversation(self, request: Instance) -> GenerationResult:
+        options, texts, counts = arguments.generation(_asked(request)), [], []
+        messages, (task, number) = request.args[1], self._where(request)
+        doc, round_info = self.task_dict[task][request.args[-1]][number], None
+        turn, done = messages(doc), False
+        while not done:
+            (reply,) = self.ask([chat(turn)], **options)
+            texts.append(reply.text)
+            counts.append(reply.token_counts)
+            following = messages(doc, round_idx=len(texts), previous_output=list(texts), previous_round_info=round_info)
+            if not isinstance(following, tuple):
+                break
+            turn, done, _, round_info = following
+        return GenerationResult(texts, Measured.total(counts))
+
+    def _each(self, requests: list[Instance], asked: Any, instead: Any) -> list[GenerationResult]:
+        """What `asked(requests, documents)` gives for each; `instead` of it for a question that cannot be asked."""
+        documents, replies = {}, {}
+        for row, request in enumerate(requests):
+            with self._noting(request):
+                documents[row] = self._document(request)
+        for with_image in (True, False):  # a processor takes a batch with images in each row, or in none
+            rows = [row for row in documents if bool(documents[row][1]) is with_image]
+            if rows:
+                replies |= self._together(requests, documents, rows, asked)
+        nothing = GenerationResult(instead, Measured(input_tokens=0, output_tokens=0))
+        return [replies.get(row, nothing) for row in range(len(requests))]
+
+    def _together(self, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict[int, GenerationResult]:
+        try:
+            answered = asked([requests[row] for row in rows], [documents[row] for row in rows])
+        except Unreadable:
+            if len(rows) == 1:
+                with self._noting(requests[rows[0]]):
+                    raise
+                return {}
+            return {k: v for row in rows for k, v in self._together(requests, documents, [row], asked).items()}
+        return dict(zip(rows, answered, strict=True))
+
+    @contextmanager
+    def _noting(self, request: Instance) -> Iterator[None]:
+        """A question that cannot be read does not cost the others, where a run says in the end which it was."""
+        try:
+            yield
+        except Exception as error:
+            task, number = self._where(request)
+            cause = error.__cause__ if isinstance(error, Unreadable) else error
+            message = f"{task}, question {number}: {type(cause).__name__}: {cause}"
+            if self.replies is None:
+                raise ValueError(message) from error
+            self.failed[task, number] = message
+
+    def _document(self, request: Instance) -> Document:
+        task, number = self._where(request)
+        doc = self.task_dict[task][request.args[-1]][number]
+        if not callable(request.args[1]) or callable(request.args[2]):  # of a task for "simple" models
+            visuals = request.args[2](doc) or []
+            return chat(ConfigurableMessagesTask._build_user_turn(visuals, request.args[0]))
+        messages = request.args[1]
+        config = getattr(getattr(messages, "__self__", None), "config", None)
+        if config is not None and config.doc_to_visual and (config.num_fewshot or 0) > 0:
+            raise NotImplementedError("lmms-eval gives chat models no examples with images: leave num_fewshot out")
+        return chat(messages(doc))
+
+    def _target(self, request: Instance) -> str:
+        task, number = self._where(request)
+        target = request.args[1]
+        return target(self.task_dict[task][request.args[-1]][number]) if callable(target) else target
+
+    def ask(self, documents: Sequence[Document], **options: Any) -> list[GenerationResult]:
+        """Reply and what it took for each (chat, images); either all of them have images or none has."""
+        inputs = self._inputs(documents)
+        new = self.reader.generate(inputs, **options)
+        texts = self.reader.processor.batch_decode(new, skip_special_tokens=True)
+        texts = [_cut(text, options.get("until", ())) for text in texts]
+        beams = options.get("num_beams", 1)
+        return [GenerationResult(*pair) for pair in zip(texts, self._measured(inputs, new, beams), strict=True)]
+
+    def rate(self, documents: Sequence[Document], answers: Sequence[Sequence[str]]) -> list[GenerationResult]:
         """For each document, of each of its answers: (mean negative log-likelihood of its tokens, whether greedy).
 
         The prompts alone are prefilled and pruned, once; each answer goes on from a copy of the cache. So no answer is
