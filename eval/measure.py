@@ -77,7 +77,7 @@ def _candidates(task: Task) -> list[str]:
 def _own(task: Task, metric: str, aggregate: Callable, arms: list[list[Item]], values: np.ndarray, seed: int) -> Own:
     units = [_units(task.config.task, items) for items in arms]
     probed = np.array([[aggregate(unit) for unit in arm[:PROBE]] for arm in units], float)
-    percent = bool((np.abs(probed) <= 1).all())
+    percent = bool((np.abs(probed) <= 1).all() and (np.abs(values) <= 1).all())
     singles = _singles(aggregate, units, probed, values)
     if singles is not None:
         return Own(metric, values, report.bootstrap(singles.T, seed), percent, singles)

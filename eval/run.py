@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def evaluate(
         plan(load(path, device), settings, scenes.example("test", settings.seed, 0))
         return []
     reader = load(path, device, settings.max_new_tokens)
-    digests = method_digests(reader.model, settings.methods, settings.budgets)
+    digests = method_digests(reader.model, {name: name for name in settings.methods}, settings.budgets)
     folder.open_folder(out, folder.configuration(settings, path, device, digests), restart)
     store = Store(out / "results.jsonl")
     examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
@@ -197,11 +197,17 @@ def resolve(method: str) -> str | vtc.Method:
         raise ValueError(f"{method} is damaged, or no JSON file: {error}") from None
 
 
-def method_digests(model: Any, methods: Sequence[str], budgets: Sequence[int | float]) -> dict[str, str]:
+def method_digests(
+    model: Any, methods: Mapping[str, str | vtc.Method], budgets: Sequence[int | float]
+) -> dict[str, str]:
     """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
-    found = {name: resolve(name) for name in methods if name not in (*report.ALWAYS, SMALLER)}
-    resolved = {name: vtc.methods()[m]() if isinstance(m, str) else m for name, m in found.items()}
-    return {f"method {name}": folder.method_digest(model, m, budgets) for name, m in resolved.items()}
+    digests = {}
+    for name, method in methods.items():
+        if name not in (*report.ALWAYS, SMALLER):
+            method = resolve(method) if isinstance(method, str) else method
+            method = vtc.methods()[method]() if isinstance(method, str) else method
+            digests[f"method {name}"] = folder.method_digest(model, method, budgets)
+    return digests
 
 
 def _check(settings: Settings) -> None:

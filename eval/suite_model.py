@@ -162,26 +162,35 @@ class Vtc(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The replies in the order of `requests`. Any error is the caller's to see."""
-        return self._all(requests, self._answers, GenerationResult)
+        return self._all(requests, self._answers)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Of each request's answer: the mean of its tokens' negative log-likelihoods, and whether greedy says it.
 
-        The mean, and negative, because lmms-eval's tasks take the smallest for the best, as its own models give it.
+        The mean, and negative, because lmms-eval's tasks take the smallest for the best, as its own models give it. It
+        makes strings of bare pairs, but not of what a `GenerationResult` holds.
         """
-        return self._all(requests, self._rated, lambda rated, _: tuple(rated))
+        return self._all(requests, self._rated)
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:
         """The replies of all rounds of each request; each round's prompt is the task's, made of the replies before."""
-        return self._all(requests, self._rounds, lambda replies, _: replies)
+        return self._all(requests, self._rounds)
+
+    def try_out(self, requests: list[Instance]) -> list[Any]:
+        """Replies to the requests about one question, one token long and nowhere kept."""
+        documents = [self._document(requests[0])]
+        if requests[0].request_type == "loglikelihood":
+            return self.rate(documents, [[self._target(request) for request in requests]])[0].text
+        (reply,) = self.ask(documents, max_new_tokens=1)
+        return [[reply.text] if requests[0].request_type == "generate_until_multi_round" else reply.text]
 
     def clean(self) -> None:
         """Called in every process once all requests are answered, also where a process had none to answer."""
         self._report()
         super().clean()
 
-    def _all(self, requests: list[Instance], answers: Any, result: Any) -> list[Any]:
-        found: dict[int, Any] = {}
+    def _all(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
+        found: dict[int, GenerationResult] = {}
         start = time.perf_counter()
         with tqdm(total=len(requests), desc=f"{self.arm[0]} {self.arm[1]}", disable=self.rank != 0) as bar:
             for rows in _batches(requests, self.batch_size):
@@ -194,7 +203,7 @@ class Vtc(lmms):
             for request, reply in zip(requests, ordered, strict=True)
             if "__padding_only__" not in request.metadata  # repeats that keep the processes in step
         ]
-        return [result(reply.text, reply.token_counts) for reply in ordered]
+        return ordered
 
     def _known_or_asked(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         if self.replies is None:

@@ -282,12 +282,7 @@ def _first(task: Task) -> list[Instance]:
 def _try(lm: Vtc, task: Task) -> list[Any]:
     """The replies to the first question, one token long."""
     lm.task_dict[task.config.task] = task.dataset
-    requests = _first(task)
-    for request in requests:
-        request.arguments = tuple({"max_new_tokens": 1} if isinstance(x, dict) else x for x in request.args)
-    found = getattr(lm, requests[0].request_type)(requests)
-    lm.taken.clear()
-    return [getattr(reply, "text", reply) for reply in found]
+    return lm.try_out(_first(task))
 
 
 def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:

@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import suite_data
 from eval_fixtures import read_lines
 from suite_fixtures import SETTINGS, data, start  # noqa: F401 (fixtures)
 
@@ -22,18 +21,27 @@ SMALL = replace(SETTINGS, tasks=("pope",), methods=("uniform",), budgets=(0.25,)
 # -- what changed since ---------------------------------------------------------------------------------------------
 
 
-def test_other_data_under_the_same_name_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [suite_data.pope(n, scenes.example("test", 0, 3 + 9 * n)) for n in range(4)]
-    suite_data.save(tmp_path, "POPE", "test", default=[{**row, "answer": "yes"} for row in rows])
-    suites.evaluate(SMALL, tmp_path / "run")
-    suites.evaluate(SMALL, tmp_path / "run")
-    shutil.rmtree(tmp_path / "lmms-lab-encoder")
-    other = [suite_data.pope(n, scenes.example("test", 1, 3 + 9 * n)) for n in range(4)]
-    suite_data.save(tmp_path, "POPE", "test", default=[{**row, "answer": "yes"} for row in other])
-    with pytest.raises(ValueError, match=r"another run \(data of pope \w+ there, \w+ here\)"):
-        suites.evaluate(SMALL, tmp_path / "run")
+def test_other_data_under_the_same_name_is_refused(data, tmp_path):
+    """Its questions, its pictures, and what the task asks of generation."""
+    folder = own_task(tmp_path)
+    settings = replace(SMALL, tasks=("own",), include_path=str(folder))
+    suites.evaluate(settings, tmp_path / "run")
+    suites.evaluate(settings, tmp_path / "run")
+
+    def refused():
+        suites._manager.cache_clear()
+        with pytest.raises(ValueError, match=r"another run \(data of own \w+ there, \w+ here\)"):
+            suites.evaluate(settings, tmp_path / "run")
+
+    first, rows, task = ((folder / name).read_bytes() for name in ("0.png", "rows.json", "own.yaml"))
+    scenes.example("test", 1, 0).image.save(folder / "0.png")
+    refused()
+    (folder / "0.png").write_bytes(first)
+    (folder / "rows.json").write_bytes(rows.replace(b"3.png", b"1.png"))
+    refused()
+    (folder / "rows.json").write_bytes(rows)
+    (folder / "own.yaml").write_bytes(task.replace(b"max_new_tokens: 3", b"max_new_tokens: 4"))
+    refused()
 
 
 def test_a_method_that_was_written_anew_is_refused(data, tmp_path):
@@ -141,13 +149,12 @@ def test_one_bad_picture_costs_its_question_alone(data, tmp_path):
     assert stored.count('"broken/') == 3 * 3
 
 
-def broken_task(tmp_path):
-    """A task of four questions whose third picture is none."""
+def own_task(tmp_path, name="own"):
+    """A folder with a task of four questions."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     for number in range(4):
         scenes.example("test", 0, number).image.save(folder / f"{number}.png")
-    (folder / "2.png").write_bytes(b"no picture")
     rows = [{"path": str(folder / f"{n}.png"), "answer": scenes.example("test", 0, n).answer} for n in range(4)]
     (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     (folder / "utils.py").write_text(
@@ -155,12 +162,19 @@ def broken_task(tmp_path):
         "def text(doc):\n    return 'what is it?'\n\n\n"
         "def score(doc, replies):\n    return {'acc': float(replies[0] == doc['answer'])}\n"
     )
-    (folder / "broken.yaml").write_text(
-        "task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: rows.json}\ntest_split: test\n"
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: rows.json}}\ntest_split: test\n"
         "output_type: generate_until\ndoc_to_visual: !function utils.visual\ndoc_to_text: !function utils.text\n"
         "doc_to_target: answer\nprocess_results: !function utils.score\ngeneration_kwargs: {max_new_tokens: 3}\n"
         "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
     )
+    return folder
+
+
+def broken_task(tmp_path):
+    """The same under another name, with a third picture that is none."""
+    folder = own_task(tmp_path, "broken")
+    (folder / "2.png").write_bytes(b"no picture")
     return folder
 
 
