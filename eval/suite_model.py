@@ -59,16 +59,19 @@ class Measured(TokenCounts):
     prefill_ms: float | None = None
     """Of the decoder, an equal share of the batch's for each row; None for prompts without an image."""
     kv_bytes: int = 0
-    """Keys and values of the prompt after the prefill, without the batch's padding."""
+    """Keys and values of the prompt after the prefill, without the batch's padding and for one beam."""
+    at_floor: bool = False
+    """Whether the budget was out of reach for this prompt's images, so that it was asked at the method's floor."""
 
     @classmethod
     def total(cls, counts: Sequence[Measured]) -> Measured:
         """Of several rounds together."""
         sums = {f.name: [getattr(c, f.name) for c in counts if getattr(c, f.name) is not None] for f in fields(cls)}
-        return cls(**{name: sum(values) if values else None for name, values in sums.items()})
+        totals = {name: sum(values) if values else None for name, values in sums.items()}
+        return cls(**{**totals, "at_floor": bool(totals["at_floor"])})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), **{name: getattr(self, name) for name in MEASURES}}
+        return {**super().to_dict(), **{name: getattr(self, name) for name in (*MEASURES, "at_floor")}}
 
 
 class Unreadable(ValueError):
@@ -294,13 +297,29 @@ class Vtc(lmms):
     def _together(self, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict[int, GenerationResult]:
         try:
             answered = asked([requests[row] for row in rows], [documents[row] for row in rows])
-        except Unreadable:
-            if len(rows) == 1:
-                with self._noting(requests[rows[0]]):
-                    raise
-                return {}
-            return {k: v for row in rows for k, v in self._together(requests, documents, [row], asked).items()}
+        except (Unreadable, vtc.BudgetError) as error:
+            if isinstance(error, vtc.BudgetError) and self.replies is None:
+                raise
+            if len(rows) > 1:  # which of them is it
+                return {k: v for row in rows for k, v in self._together(requests, documents, [row], asked).items()}
+            if isinstance(error, vtc.BudgetError):
+                return self._at_floor(error.floor, requests, documents, rows, asked)
+            with self._noting(requests[rows[0]]):
+                raise
+            return {}
         return dict(zip(rows, answered, strict=True))
+
+    def _at_floor(self, floor: float, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict:
+        """Images of other sizes have other floors: a budget that is out of reach for one is not for all."""
+        given = self.reader.model.vtc
+        vtc.wrap(self.reader.model, given.method, floor)
+        try:
+            replies = self._together(requests, documents, rows, asked)
+        finally:
+            vtc.wrap(self.reader.model, given.method, given.budget)
+        for reply in replies.values():
+            reply.token_counts.at_floor = True
+        return replies
 
     @contextmanager
     def _noting(self, request: Instance) -> Iterator[None]:

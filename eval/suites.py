@@ -14,7 +14,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -288,19 +288,23 @@ def _try(lm: Vtc, task: Task) -> list[Any]:
 def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     """All arms, the full and the blind model first, each tried on the first question of each task.
 
-    Budgets out of reach show themselves there and become the method's floor.
+    Where all images have one size, a budget out of reach shows itself here and becomes the method's floor; else each
+    image is decided by itself.
     """
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
     for method in settings.named:
-        arms += [Arm(method, budget, budget) for budget in dict.fromkeys(settings.budgets)]
-    return [_reachable(lm, settings, arm, tasks) for arm in arms]
-
-
-def _reachable(lm: Vtc, settings: Settings, arm: Arm, tasks: dict[str, Task]) -> Arm:
-    try:
+        arms += [_reachable(lm, settings, Arm(method, budget, budget)) for budget in dict.fromkeys(settings.budgets)]
+    for arm in arms:
         _use(lm, settings, arm)
         for task in tasks.values():
-            _try(lm, task)
+            with suppress(vtc.BudgetError):
+                _try(lm, task)
+    return arms
+
+
+def _reachable(lm: Vtc, settings: Settings, arm: Arm) -> Arm:
+    try:
+        _use(lm, settings, arm)
     except vtc.BudgetError as error:
         return Arm(arm.method, arm.budget, error.floor, reachable=False)
     return arm
@@ -349,7 +353,10 @@ def _write(
     """
     name = task.config.task
     samples = [_samples(results["samples"][name], unread) for results in found]
-    groups = [(a.method, a.budget, a.reachable, lines) for a, lines in _lines(task, arms, samples)]
+    groups = [
+        (arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines)
+        for arm, lines in _lines(task, arms, samples)
+    ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
     for row, results, asked in zip(rows, found, samples, strict=True):
@@ -387,6 +394,7 @@ def _lines(
                     "method": arm.method,
                     "budget": arm.budget,
                     "tokens": sample["token_counts"][0]["visual_tokens"],
+                    "at_floor": not arm.reachable or sample["token_counts"][0]["at_floor"],
                     "prediction": _prediction(sample),
                     "answer": str(sample["target"]),
                     "correct": _score(task, sample),

@@ -9,6 +9,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before anyt
 
 import pytest
 import suite_data
+from eval_fixtures import TEMPLATE, WORDS, _tokenizer
 from PIL import ImageFile
 
 from vtc.eval import suites, tasks
@@ -107,3 +108,43 @@ def reply(sample):
     """lmms-eval leaves `resps` out of its file where no filter changed anything."""
     found = sample.get("resps", sample["filtered_resps"])
     return found[0][0] if isinstance(found, list) else found
+
+
+def tiny_llava_next():
+    """A random model and its processor: images of 32 pixels, cut into up to 4 tiles."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    tiles = [[32, 64], [64, 32], [64, 64]]
+    tokenizer = _tokenizer()
+    tokenizer.padding_side = "left"
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=32, patch_size=8),
+        text_config=LlamaConfig(
+            **sizes, **tokens, num_hidden_layers=8, vocab_size=len(tokenizer), initializer_range=0.3
+        ),
+        image_token_id=WORDS.index("<image>"),
+        image_seq_length=16,
+        image_grid_pinpoints=tiles,
+    )
+    torch.manual_seed(0)
+    return LlavaNextForConditionalGeneration(config).eval(), processor

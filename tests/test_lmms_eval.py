@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from eval_fixtures import TEMPLATE, WORDS, _tokenizer
 from PIL import Image
 from suite_fixtures import (  # noqa: F401 (fixtures)
     LIMIT,
@@ -18,6 +17,7 @@ from suite_fixtures import (  # noqa: F401 (fixtures)
     one,
     replies,
     reply,
+    tiny_llava_next,
     two,
 )
 
@@ -205,46 +205,6 @@ def test_images_that_become_different_numbers_of_tokens(model, monkeypatch):
     full = counts["uniform"]
     assert full[0] != full[1]
     assert counts == {"uniform": full, "vtc-cls": [tokens // 4 for tokens in full], "random": [8, 8]}
-
-
-def tiny_llava_next():
-    """A random model and its processor: images of 32 pixels, cut into up to 4 tiles."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessor,
-        LlavaNextProcessor,
-    )
-
-    tiles = [[32, 64], [64, 32], [64, 64]]
-    tokenizer = _tokenizer()
-    tokenizer.padding_side = "left"
-    processor = LlavaNextProcessor(
-        LlavaNextImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
-        ),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=32, patch_size=8),
-        text_config=LlamaConfig(
-            **sizes, **tokens, num_hidden_layers=8, vocab_size=len(tokenizer), initializer_range=0.3
-        ),
-        image_token_id=WORDS.index("<image>"),
-        image_seq_length=16,
-        image_grid_pinpoints=tiles,
-    )
-    torch.manual_seed(0)
-    return LlavaNextForConditionalGeneration(config).eval(), processor
 
 
 def test_videos_are_refused():

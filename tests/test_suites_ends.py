@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from eval_fixtures import read_lines
-from suite_fixtures import SETTINGS, data, start  # noqa: F401 (fixtures)
+from suite_fixtures import SETTINGS, data, start, tiny_llava_next  # noqa: F401 (fixtures)
 
 import vtc
 from vtc.eval import scenes, suites, tasks
@@ -200,6 +200,40 @@ def test_the_exit_code_says_that_something_failed(data, tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: broken, question 2: ")
     assert "pope_f1_score" in done.stdout
+
+
+def test_each_image_is_decided_by_itself(data, tmp_path, monkeypatch):
+    """LLaVA-NeXT: 8 tokens are within fastv's reach on a small image and not on a large one."""
+    from lmms_eval.api.instance import Instance
+    from PIL import Image
+
+    from vtc.eval.folder import Store
+    from vtc.eval.reader import Reader
+    from vtc.eval.suite_model import Vtc
+
+    model = Vtc("reference", batch_size=2, device="cpu")
+    monkeypatch.setattr(model, "reader", Reader(*tiny_llava_next()))
+    images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 30), "blue")]
+    full = [model.reader.visual_tokens(model.reader.inputs([image], ["what"])).item() for image in images]
+    model.use("fastv", 8)
+    model.replies = Store(tmp_path / "replies-0.jsonl")
+    model.task_dict["own"] = {"test": images}
+
+    def messages(doc):
+        return [{"role": "user", "content": [{"type": "image", "url": doc}, {"type": "text", "text": "what color"}]}]
+
+    requests = [
+        Instance("generate_until", ("", messages, {"max_new_tokens": 2}, n, "own", "test"), 0, {
+            "task": "own", "doc_id": n, "repeats": 1,
+        })
+        for n in range(2)
+    ]  # fmt: skip
+    counts = [reply.token_counts for reply in model.generate_until(requests)]
+    floors = [(tokens + 7) / 8 for tokens in full]  # all of them in layer 0 of 8, one in the others
+    assert [count.at_floor for count in counts] == [floor > 8.5 for floor in floors] == [True, False]
+    assert counts[0].visual_tokens == pytest.approx(floors[0])
+    assert counts[1].visual_tokens == pytest.approx(8, abs=0.5)
+    assert model.reader.model.vtc.budget == 8
 
 
 # -- damaged files --------------------------------------------------------------------------------------------------
