@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +30,7 @@ from lmms_eval.loggers.evaluation_tracker import GeneralConfigTracker
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
+from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -445,10 +445,9 @@ def _check_processes(several: bool) -> None:
         raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if launched and "WORLD_SIZE" not in os.environ:
-        warnings.warn(
+        logger.warning(  # lmms-eval silences Python's own warnings
             "accelerate launch was asked for several processes and started one, as it does with --cpu: this run takes "
-            "all questions itself. Start several with torchrun, and on CPUs with ACCELERATE_USE_CPU=true",
-            stacklevel=2,
+            "all questions itself. Start several with torchrun, and on CPUs with ACCELERATE_USE_CPU=true"
         )
 
 

@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from loguru import logger
 from suite_fixtures import data, model  # noqa: F401 (fixtures)
 
 import vtc
@@ -163,5 +164,11 @@ def test_one_process_where_several_were_promised_is_said(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.warns(UserWarning, match="asked for several processes and started one"):
-        _check_processes(several=False)
+    said = []
+    sink = logger.add(lambda message: said.append(str(message)))
+    _check_processes(several=False)
+    monkeypatch.delenv("MASTER_ADDR")
+    _check_processes(several=False)
+    logger.remove(sink)
+    assert len(said) == 1
+    assert "asked for several processes and started one" in said[0]
