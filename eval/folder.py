@@ -36,8 +36,9 @@ class Store:
         for number, text in enumerate(complete.splitlines(), 1):
             try:
                 line = json.loads(text)
+                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
                 self.lines[_key(line)] = line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:

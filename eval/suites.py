@@ -182,7 +182,7 @@ def _digest(task: Task, limit: int | None) -> str:
 
     digest, documents = hashlib.sha256(), task.eval_docs
     documents = documents.select(range(min(limit or len(documents), len(documents)))).with_format("arrow")
-    for batch in documents.iter(1000):
+    for batch in documents.iter(100):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_table(batch.combine_chunks())

@@ -267,7 +267,7 @@ def test_a_method_whose_file_says_something_else_is_refused(settings, tmp_path):
     with pytest.raises(ValueError, match=r"another run \(method .*tuned\.json \w+ there, \w+ here\)"):
         run.evaluate(few, tmp_path / "run")
     file.write_text('{"method": "fas')
-    with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
+    with pytest.raises(ValueError, match=r"tuned\.json"):
         run.evaluate(few, tmp_path / "run")
 
 
