@@ -129,6 +129,7 @@ def test_the_field(data, monkeypatch, capsys):
     assert "a judge's key" in line
     (line,) = [line for line in said.splitlines() if " gqa " in line]
     assert "it runs" in line
+    assert "reader of video" in " ".join(field.lacking("videomme"))
 
 
 # -- what fails -----------------------------------------------------------------------------------------------------

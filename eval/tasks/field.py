@@ -29,6 +29,7 @@ class Benchmark:
     judge: bool = False
     """Whether replies are scored by a model behind an API, which has to be paid for."""
     java: bool = False
+    video: bool = False
 
     def lacking(self) -> list[str]:
         """What has to be there before its first question is asked."""
@@ -38,6 +39,8 @@ class Benchmark:
             found.append(f"a judge's key in {' or '.join(KEYS)}")
         if self.java and shutil.which("java") is None:
             found.append("java, which tokenises its captions")
+        if self.video:
+            found.append("a reader of video, and vtc's command has none")
         return found
 
 
@@ -61,7 +64,7 @@ FIELD = (
     Benchmark("docvqa_val", "scanned documents"),
     Benchmark("ocrbench", "reading of all kinds"),
     Benchmark("refcoco_bbox_rec", "where something is"),
-    Benchmark("videomme", "videos, multiple choice", VIDEO),
+    Benchmark("videomme", "videos, multiple choice", VIDEO, video=True),
 )
 """The twenty that papers on visual-token compression report most."""
 MORE = (
@@ -72,7 +75,7 @@ MORE = (
     Benchmark("nocaps", "", CAPTIONS, java=True),
     Benchmark("mathvista", "", ("Levenshtein",), judge=True),
     Benchmark("hallusion_bench", "", judge=True),
-    Benchmark("mvbench", "", VIDEO),
+    Benchmark("mvbench", "", VIDEO, video=True),
 )
 
 
