@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vtc
 from vtc.eval.reader import Reader
-from vtc.eval.run import check_methods, resolve
+from vtc.eval.run import check_methods
 
 STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Shares of the tokens that are deleted or inserted."""
@@ -31,7 +31,7 @@ def faithfulness(reader: Reader, examples: Sequence[Any], methods: Sequence[str 
     Deletion (lower is better) and insertion (higher is better) are areas under the answer's probability over the share
     of tokens. Raises ValueError for unknown methods and for one that has no score map.
     """
-    check_methods([method for method in methods if isinstance(method, str)], list(vtc.list_methods()))
+    check_methods([method for method in methods if isinstance(method, str)])
     totals: dict[str, list[tuple[float, float, float]]] = {}
     for example in track(examples, description="occluding", console=Console(stderr=True)):
         inputs = reader.inputs([example.image], [example.question])
@@ -55,9 +55,7 @@ def _means(rows: list[tuple[float, float, float]]) -> list[float]:
 
 def _score_map(reader: Reader, inputs: dict[str, Tensor], method: str | vtc.Method) -> Tensor:
     """The method's scores over all of an image's tokens, at its first stage: (tokens,)."""
-    if isinstance(method, str):
-        found = resolve(method)
-        method = vtc.list_methods()[found]() if isinstance(found, str) else found
+    method = vtc.find_method(method)
     budget = 0.5 if method.ratios() is None else None
     with vtc.compressed(reader.model, method, budget) as trace, torch.inference_mode():
         reader.model(**inputs)

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc.eval import report
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -53,22 +55,27 @@ def _of(table: dict) -> Iterator[Figure]:
                 )
 
 
-def points(benchmark: str, checkpoint: str) -> list[tuple[str, float, float]]:
-    """(method, tokens, accuracy from 0 to 1) on a benchmark, where `checkpoint` is the model that the papers ran."""
+def points(benchmark: str, checkpoint: str, percent: bool = True) -> list[tuple[str, float, float]]:
+    """(method, tokens, value) on a benchmark, where `checkpoint` is the model that the papers ran.
+
+    `percent`: whether the benchmark counts shares, from 0 to 1; what it counts up to 100 or in points stays so.
+    """
     same = [f for f in figures() if f.benchmark == benchmark and f.model.lower() in checkpoint.lower()]
-    return [(f.method, f.tokens, f.value / 100) for f in same if f.unit == "percent" and f.tokens]
+    units, whole = (("percent",), 100) if percent else (("percent", "points"), 1)
+    return [(f.method, f.tokens, f.value / whole) for f in same if f.unit in units and f.tokens]
 
 
 def table(benchmark: str, rows: list[dict[str, Any]]) -> Table | None:
     """Summary rows of a run beside what papers say about its methods there; None where they say nothing.
 
-    Papers count benchmarks in their own ways (POPE is often F1), and other checkpoints: compare "% of full".
+    Both by the benchmark's own metric. Papers ran other checkpoints: compare "% of full".
     """
     from rich.table import Table
 
+    values = [report.factor(row) * row[report.shown(row)] for row in rows]
     lines = [
-        ("this run", row["method"], f"{row['tokens']:.1f}", 100 * row["accuracy"], 100 * rows[0]["accuracy"], "")
-        for row in rows
+        ("this run", row["method"], f"{row['tokens']:.1f}", value, values[0], "")
+        for row, value in zip(rows, values, strict=True)
     ]
     run = {row["method"] for row in rows}
     found = [f for f in figures() if f.benchmark == benchmark and f.method in run and f.unit in ("percent", "points")]

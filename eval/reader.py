@@ -52,6 +52,17 @@ class Reader:
         batch = self.processor(images=given, text=prompts, return_tensors="pt", padding=True)
         return dict(batch.to(self.device, dtype=self.model.dtype))  # casts floating tensors only
 
+    def continuation(self, chat: Chat, answer: str) -> list[int]:
+        """The tokens of `answer` as they stand behind the prompt of `chat`."""
+        tokenizer, prompt = (
+            self.processor.tokenizer,
+            self.processor.apply_chat_template(chat, add_generation_prompt=True),
+        )
+        before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer))
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return tokenizer(answer, add_special_tokens=False)["input_ids"]
+
     def visual_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Image placeholders of each prompt: (batch,) int64."""
         return (inputs["input_ids"] == self.model.config.image_token_id).sum(dim=1)
@@ -61,14 +72,25 @@ class Reader:
         new = self.generate(inputs, max_new_tokens=max_new_tokens or self.max_new_tokens)
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def generate(self, inputs: dict[str, Any], **options: Any) -> Tensor:
-        """(batch, new) token ids after the prompts, padded; greedy unless `options` of `generate` say otherwise."""
+    def generate(self, inputs: dict[str, Any], until: Sequence[str] = (), **options: Any) -> Tensor:
+        """(batch, new) token ids after the prompts, padded; greedy unless `options` of `generate` say otherwise.
+
+        A row ends once its text holds one of `until`; with beams it does not, as that would change which of them wins.
+        """
         import torch
 
-        greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.processor.tokenizer.pad_token_id}
+        defaults = {"do_sample": False, "num_beams": 1, "pad_token_id": self.processor.tokenizer.pad_token_id}
+        options, prompt = {**defaults, **options}, inputs["input_ids"].shape[1]
+
+        def stopped(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            texts = self.processor.batch_decode(ids[:, prompt:], skip_special_tokens=True)
+            return torch.tensor([any(stop in text for stop in until) for text in texts], device=ids.device)
+
+        if until and options["num_beams"] == 1:
+            options["stopping_criteria"] = [stopped]
         with torch.inference_mode():
-            output = self.model.generate(**inputs, **{**greedy, **options})
-        return output[:, inputs["input_ids"].shape[1] :]
+            output = self.model.generate(**inputs, **options)
+        return output[:, prompt:]
 
 
 def model_path(name: str) -> str:
@@ -120,21 +142,61 @@ def pick_device(name: str) -> str:
     return name
 
 
-def load(path: str, device: str, max_new_tokens: int = 8) -> Reader:
-    """Load a checkpoint in its own dtype, ready to answer batches: eval mode, left padding, a pad token.
+def load(
+    path: str,
+    device: str,
+    max_new_tokens: int = 8,
+    dtype: str = "auto",
+    revision: str | None = None,
+    pixels: dict[str, int] | None = None,
+    **options: Any,
+) -> Reader:
+    """Load a checkpoint, in its own dtype unless another is asked for, ready to answer batches.
 
-    `device` may be a device map of transformers, such as "auto", which spreads the model over all GPUs.
-    Raises OSError (from transformers) when `path` is neither a model folder nor a hub id that can be reached.
+    That is: eval mode, left padding, a pad token.
+
+    Args:
+        device: a device, or a device map of transformers, such as "auto", which spreads the model over all GPUs.
+        revision: of a hub id: a branch, a tag or a commit.
+        pixels: "min_pixels" and "max_pixels" of an image, where the processor reads them (Qwen-VL).
+        options: more that `from_pretrained` of the model takes, such as `attn_implementation`.
+
+    Raises:
+        OSError: (from transformers) `path` is neither a model folder nor a hub id that can be reached.
+        ValueError: a damaged weights file; a dtype that is none; `pixels` for a processor that does not read them.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", device_map=device).eval()
-    processor = AutoProcessor.from_pretrained(path)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: use auto, float32, bfloat16 or float16")
+    processor = AutoProcessor.from_pretrained(path, revision=revision, **(pixels or {}))
+    if pixels and not {"shortest_edge", "longest_edge"} <= set(dict(processor.image_processor.size or {})):
+        raise ValueError(f"{type(processor.image_processor).__name__} does not read {', '.join(pixels)}")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, revision=revision, device_map=device, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{_damaged(Path(path)) or path} is damaged: {error}") from None
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # answers are generated: every row has to end with its last prompt token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Reader(model, processor, max_new_tokens)
+    return Reader(model.eval(), processor, max_new_tokens)
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first weights file of a model folder that cannot be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
 
 
 def pretrained(name: str = "reference", device: str = "auto") -> tuple[Any, Any]:

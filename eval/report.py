@@ -14,6 +14,8 @@ from vtc.install import install_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vtc.eval.measure import Own
+
 RESAMPLES = 2000
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 MARKERS = "osD^vPX<"
@@ -49,10 +51,17 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]]]], seed: int) -> list[dict[str, Any]]:
-    """Summary rows of (method, budget, reachable, lines) groups; all lines are over the same questions in one order."""
+def summarise(
+    groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]]]], seed: int, own: Own | None = None
+) -> list[dict[str, Any]]:
+    """Summary rows of (method, budget, reachable, lines) groups; all lines are over the same questions in one order.
+
+    With `own`, a benchmark's own metric, rows have that too, and "versus_random" is of it. Where lines have no score
+    of single questions ("correct" is None) there is no accuracy.
+    """
     correct = np.array([[line["correct"] for line in lines] for *_, lines in groups], dtype=float).T
     draws = bootstrap(correct, seed)
+    values, compared = (correct.mean(0), draws) if own is None else (own.values, own.draws)
     # an int budget of 1 is one token and a float budget of 1.0 is all of them, yet 1 == 1.0: key by the written form
     random = {repr(budget): i for i, (method, budget, ok, _) in enumerate(groups) if method == "random" and ok}
     rows = []
@@ -62,9 +71,9 @@ def summarise(groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]
             "method": method,
             "budget": budget,
             "tokens": float(np.mean([line["tokens"] for line in lines])),
-            "accuracy": float(correct[:, i].mean()),
-            "accuracy_low": low,
-            "accuracy_high": high,
+            "accuracy": _known(correct[:, i].mean()),
+            "accuracy_low": _known(low),
+            "accuracy_high": _known(high),
             "agreement": float(np.mean([line["agrees"] for line in lines])),
             "n": len(lines),
             "reachable": reachable,
@@ -76,16 +85,34 @@ def summarise(groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]
         }
         j = random.get(repr(budget))
         if j is not None and j != i and reachable and method not in ALWAYS:
-            row["versus_random"] = float((correct[:, i] - correct[:, j]).mean())
-            row["versus_random_low"], row["versus_random_high"] = interval(draws[:, i] - draws[:, j])
+            row["versus_random"] = float(values[i] - values[j])
+            row["versus_random_low"], row["versus_random_high"] = interval(compared[:, i] - compared[:, j])
+        if own is not None:
+            row |= {"metric": own.metric, "percent": own.percent, "value": float(own.values[i])}
+            row["value_low"], row["value_high"] = interval(own.draws[:, i])
         rows.append(row)
     return rows
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """The beginning of the names of a row's figure to look at: the benchmark's own, where it has one."""
+    return "value" if "value" in row else "accuracy"
+
+
+def factor(row: dict[str, Any]) -> int:
+    """What that figure is multiplied by to be read: 100 for a share, 1 for points."""
+    return 100 if row.get("percent", True) else 1
 
 
 def _by_task(lines: list[dict[str, Any]]) -> dict[str, float]:
     tasks: dict[str, list[bool]] = {}
     for line in lines:
-        tasks.setdefault(line["task"], []).append(line["correct"])
+        if line["correct"] is not None:
+            tasks.setdefault(line["task"], []).append(line["correct"])
     return {task: float(np.mean(marks)) for task, marks in sorted(tasks.items())}
 
 
@@ -95,11 +122,12 @@ def written(budget: int | float) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Accuracy, agreement and the gain over random in percent, a line a row; narrow enough for 80 columns."""
+    """Accuracy or the benchmark's own metric, agreement and the gain over random, a line a row; for 80 columns."""
     from rich.table import Table
 
-    grid = Table(title=f"percent of {rows[0]['n']} questions, with half the width of the 95 % interval")
-    for name in ("method", "budget", "tokens", "accuracy", "as full", "above random"):
+    figure, unit = shown(rows[0]), "percent" if factor(rows[0]) == 100 else "points"
+    grid = Table(title=f"{unit} of {rows[0]['n']} questions, with half the width of the 95 % interval")
+    for name in ("method", "budget", "tokens", rows[0].get("metric", "accuracy"), "as full", "above random"):
         first = name == "method"
         grid.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -107,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["method"],
             written(row["budget"]) + ("" if row["reachable"] else " *"),
             f"{row['tokens']:.1f}",
-            _spread(row, "accuracy", ".1f"),
+            _spread(row, figure, ".1f"),
             f"{100 * row['agreement']:.1f}",
             _spread(row, "versus_random", "+.1f"),
             end_section=following is not None and following["method"] not in (row["method"], "blind"),
@@ -122,7 +150,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def _spread(row: dict[str, Any], name: str, form: str) -> str:
     if row[name] is None:
         return ""
-    return f"{100 * row[name]:{form}} ± {50 * (row[name + '_high'] - row[name + '_low']):.1f}"
+    times = factor(row)
+    return f"{times * row[name]:{form}} ± {times / 2 * (row[name + '_high'] - row[name + '_low']):.1f}"
 
 
 def task_table(rows: list[dict[str, Any]]) -> Table:
@@ -154,9 +183,10 @@ def metrics_table(rows: list[dict[str, Any]]) -> Table:
 def picture(
     rows: list[dict[str, Any]], path: Path, title: str, published: Sequence[tuple[str, float, float]] = ()
 ) -> None:
-    """Draw accuracy against measured visual tokens, with 95 % bands and the lines of the full and the blind model.
+    """Draw accuracy, or the benchmark's own metric, against measured visual tokens, with 95 % bands and the lines of
+    the full and the blind model.
 
-    `published`: (method, tokens, accuracy) of papers, for crosses in the method's colour.
+    `published`: (method, tokens, the same figure) of papers, for crosses in the method's colour.
     """
     try:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -172,12 +202,13 @@ def picture(
         _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
     for name, row in named.items():
         above = name == "full"
-        axes.axhspan(row["accuracy_low"], row["accuracy_high"], color="0.5", alpha=0.12, linewidth=0)
-        axes.axhline(row["accuracy"], color="0.3", linestyle="--" if above else ":", linewidth=1.2, zorder=1)
-        label = f"full model, {row['tokens']:.0f} tokens: {row['accuracy']:.2f}"
+        value, low, high = (row[shown(row) + end] for end in ("", "_low", "_high"))
+        axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
+        axes.axhline(value, color="0.3", linestyle="--" if above else ":", linewidth=1.2, zorder=1)
+        label = f"full model, {row['tokens']:.0f} tokens: {value:.2f}"
         axes.annotate(
-            label if above else f"blind, no visual token: {row['accuracy']:.2f}",
-            (0.01, row["accuracy"]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            label if above else f"blind, no visual token: {value:.2f}",
+            (0.01, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", color="0.3", fontsize=9,
         )  # fmt: skip
     for method, tokens, accuracy in published:
@@ -195,19 +226,19 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in sorted(rows, key=lambda row: row["tokens"]):
         if row["method"] not in ALWAYS and row["tokens"] > 0:
             curves.setdefault(row["method"], []).append(row)
-    return dict(sorted(curves.items(), key=lambda curve: -curve[1][0]["accuracy"]))
+    return dict(sorted(curves.items(), key=lambda curve: -curve[1][0][shown(curve[1][0])]))
 
 
 def _draw_curve(axes: Any, method: str, points: list[dict[str, Any]], full: dict, colour: str, marker: str) -> None:
     # every method at a budget of 1 is the full model: the curve ends there
     ends = points if points[-1]["tokens"] >= full["tokens"] else [*points, full]
     x = [row["tokens"] for row in ends]
-    axes.plot(x, [row["accuracy"] for row in ends], color=colour, linewidth=1.8, zorder=3)
-    low, high = ([row[f"accuracy_{end}"] for row in ends] for end in ("low", "high"))
+    axes.plot(x, [row[shown(row)] for row in ends], color=colour, linewidth=1.8, zorder=3)
+    low, high = ([row[f"{shown(row)}_{end}"] for row in ends] for end in ("low", "high"))
     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
     for row in points:
         axes.plot(
-            row["tokens"], row["accuracy"], marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
+            row["tokens"], row[shown(row)], marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
             markerfacecolor=colour if row["reachable"] else "white",
         )  # fmt: skip
     axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=method)
@@ -227,7 +258,7 @@ def _dress(axes: Any, rows: list[dict[str, Any]], title: str, hollow: bool) -> N
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("visual tokens per image, averaged over the decoder layers (measured, log scale)")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel(rows[0].get("metric", "accuracy"))
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

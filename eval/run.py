@@ -7,16 +7,11 @@ uninterrupted one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import report
+from vtc.eval import folder, report
+from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 
 if TYPE_CHECKING:
@@ -66,41 +62,6 @@ class Arm:
         return json.dumps([self.method, self.budget, question_id])  # JSON tells 1 token from 1.0 of the tokens
 
 
-class Store:
-    """The result lines of one run in a file: append-only, flushed a batch at a time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        whole = self.path.read_bytes()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if complete != whole:  # killed while writing: the torn line is asked again
-            os.truncate(self.path, len(complete))
-        for number, text in enumerate(complete.splitlines(), 1):
-            try:
-                line = json.loads(text)
-                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
-                self.lines[_key(line)] = line
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
-
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        new = [line for line in lines if _key(line) not in self.lines]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines.update((_key(line), line) for line in new)
-
-
-def _key(line: dict[str, Any]) -> str:
-    return json.dumps([line["method"], line["budget"], line["question_id"]])
-
-
 def evaluate(
     settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, console: Console | None = None
 ) -> list[dict[str, Any]]:
@@ -118,10 +79,11 @@ def evaluate(
     if dry_run:
         plan(load(path, device), settings, scenes.example("test", settings.seed, 0))
         return []
-    open_folder(out, configuration(settings, path, device), restart)
+    reader = load(path, device, settings.max_new_tokens)
+    digests = method_digests(reader.model, {name: name for name in settings.methods}, settings.budgets)
+    folder.open_folder(out, folder.configuration(settings, path, device, digests), restart)
     store = Store(out / "results.jsonl")
     examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
-    reader = load(path, device, settings.max_new_tokens)
     arms = plan(reader, settings, examples[0])
     with _progress(console, len(examples) * len(arms)) as tick:
         for batch in _batches(examples, settings.batch_size):
@@ -131,7 +93,7 @@ def evaluate(
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
     rows = report.summarise(groups, settings.seed)
-    write_json(out / "summary.json", rows)
+    folder.write_json(out / "summary.json", rows)
     report.picture(rows, out / "curve.png", f"{settings.model}: accuracy over {len(examples)} questions of scenes")
     return rows
 
@@ -210,7 +172,7 @@ def _answer(
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)
         return reader.answers(small, max_new_tokens), [tokens] * len(small["input_ids"])
-    method = BLIND if arm.method == "blind" else resolve(arm.method)
+    method = BLIND if arm.method == "blind" else arm.method
     with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
         return predictions, trace.average_tokens.tolist()
@@ -246,118 +208,29 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
         ) from error
 
 
-def resolve(method: str) -> str | vtc.Method:
-    """A name as it stands; a path to a JSON file, as `vtc tune` writes it, as the method that it describes."""
-    return vtc.find_method(method) if method.endswith(".json") else method
+def method_digests(
+    model: Any, methods: Mapping[str, str | vtc.Method], budgets: Sequence[int | float]
+) -> dict[str, str]:
+    """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
+    return {
+        f"method {name}": folder.method_digest(model, vtc.find_method(method), budgets)
+        for name, method in methods.items()
+        if name not in (*report.ALWAYS, SMALLER)
+    }
 
 
 def _check(settings: Settings) -> None:
-    check_methods(settings.methods, [*vtc.list_methods(), SMALLER])
+    check_methods([method for method in settings.methods if method != SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(settings, name)}")
 
 
-def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
+def check_methods(methods: Sequence[str]) -> None:
+    """Raises what `vtc.find_method` raises, for any that is not always there."""
     for method in methods:
-        if method not in known and method not in report.ALWAYS and not isinstance(resolve(method), vtc.Method):
-            raise ValueError(f"unknown method {method!r}; the methods are {', '.join(known)}")
-
-
-def configuration(settings: Any, path: str, device: str) -> dict[str, Any]:
-    """All that a run depends on, as it is written to config.json; `settings` is a dataclass."""
-    packages = ("torch", "transformers")
-    return {
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "model_path": path,
-        "model_digest": _model_digest(path),
-        "source_digest": _source_digest(),
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "vtc": vtc.__version__,
-            **{name: version(name) for name in packages},
-        },
-        "git_commit": git_commit(),
-    }
-
-
-def _model_digest(path: str) -> str | None:
-    """Tells two states of one model apart: sizes and times of a folder's files, or the hub's commit."""
-    if not Path(path).is_dir():
-        from transformers import AutoConfig
-
-        return getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
-    files = sorted(file for file in Path(path).iterdir() if file.is_file())
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
-
-
-def _source_digest() -> str:
-    """Tells two states of the code apart, as far as answers depend on it: the library, the adapters, this harness."""
-    from vtc import integrations
-
-    library = Path(vtc.__file__).parent
-    files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = ("run", "reader", "scenes", "suites", "suite_model")
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
-    digest = hashlib.sha256()
-    for file in sorted(files - {library / "cli.py"}):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, "-dirty" with local changes; None when installed."""
-    try:
-        for command in (
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        ):
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
-            if done.returncode:
-                return None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip()
-
-
-def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> None:
-    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another.
-
-    `results` is the name, or the pattern of the names, of the files that tell that something was run there.
-    """
-    found, settings = list(out.glob(results)), out / "config.json"
-    if restart:
-        for file in found:
-            file.unlink()
-    elif found:
-        differing = _differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
-        if differing:
-            raise ValueError(
-                f"{out} holds another run ({'; '.join(differing)}): "
-                "choose another --out to keep it, or start over with --restart"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    def flat(config: dict[str, Any]) -> dict[str, Any]:
-        nested = {k: v for name in ("settings", "versions") for k, v in config.get(name, {}).items()}
-        # the digest of the sources says what the commit would, and stays put when only the README changes
-        return nested | {k: v for k, v in config.items() if k not in ("settings", "versions", "git_commit")}
-
-    old, new = flat(old), flat(new)
-    names = [name for name in {**new, **old} if json.dumps(old.get(name)) != json.dumps(new.get(name))]
-    return [f"{name} {old.get(name, 'unknown')} there, {new.get(name, 'unknown')} here" for name in names]
-
-
-def write_json(path: Path, value: Any) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)  # whole or not at all
+        if method not in report.ALWAYS:
+            vtc.find_method(method)
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:

@@ -1,37 +1,48 @@
 """The model `vtc` of lmms-eval: any family that `vtc.wrap` knows, behind any of its methods and budgets.
 
-Replies are the checkpoint's own: its chat template, its processor, greedy unless the task says otherwise; stop strings
-are left to the model, as in lmms-eval's own chat models.
+Replies are the checkpoint's own: its chat template, its processor, greedy unless the task says otherwise, cut off where
+a stop string begins that the task names.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.loggers.evaluation_tracker import GeneralConfigTracker
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
+from loguru import logger
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import vtc
 from vtc.cost import kv_bytes
+from vtc.eval import arguments
+from vtc.eval.folder import Store
 from vtc.eval.reader import Chat, load, model_path, pick_device
-from vtc.eval.run import Store, resolve
 
+Document = tuple[Chat, list[Image.Image]]
+"""A conversation, and the images in it in the order of their mention."""
 MEASURES = ("visual_tokens", "prefill_ms", "kv_bytes")
 checkpoint_name = GeneralConfigTracker._get_model_name
 FULL = ("uniform", 1.0)
@@ -47,10 +58,23 @@ class Measured(TokenCounts):
     prefill_ms: float | None = None
     """Of the decoder, an equal share of the batch's for each row; None for prompts without an image."""
     kv_bytes: int = 0
-    """Keys and values of the prompt after the prefill, without the batch's padding."""
+    """Keys and values of the prompt after the prefill, without the batch's padding and for one beam."""
+    at_floor: bool = False
+    """Whether the budget was out of reach for this prompt's images, so that it was asked at the method's floor."""
+
+    @classmethod
+    def total(cls, counts: Sequence[Measured]) -> Measured:
+        """Of several rounds together."""
+        sums = {f.name: [getattr(c, f.name) for c in counts if getattr(c, f.name) is not None] for f in fields(cls)}
+        totals = {name: sum(values) if values else None for name, values in sums.items()}
+        return cls(**{**totals, "at_floor": bool(totals["at_floor"])})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), **{name: getattr(self, name) for name in MEASURES}}
+        return {**super().to_dict(), **{name: getattr(self, name) for name in (*MEASURES, "at_floor")}}
+
+
+class Unreadable(ValueError):
+    """A batch of documents that the processor does not take; the cause says why."""
 
 
 class Vtc(lmms):
@@ -58,11 +82,17 @@ class Vtc(lmms):
 
     Args:
         pretrained: "reference", a model folder or a hub id.
-        method, budget: as `vtc.wrap` takes them; a budget without a method is an error.
+        method: a name, a JSON file of `vtc tune`, or a `vtc.Method`.
+        budget: as `vtc.wrap` takes it, or "25%"; a budget without a method is an error.
         device: "auto", "cpu", "cuda", ...; with several processes each takes its own.
         device_map: as transformers takes it, "auto" for a model that is larger than one GPU.
+        dtype, attn_implementation, revision: as `from_pretrained` takes them.
+        min_pixels, max_pixels: of an image, where the processor reads them (Qwen-VL).
+        given: the method's hyper-parameters, in --model_args as in
+            `pretrained=reference,method=transprune,alpha=0.3,layers=[2,3,4],budget=25%`.
 
-    Raises what `vtc.wrap` raises; RuntimeError where several processes were started but do not see each other.
+    Raises what `vtc.wrap` and `reader.load` raise; RuntimeError where several processes were started but do not see
+    each other. Warns where several were asked for and there is one.
     """
 
     is_simple = False
@@ -70,24 +100,43 @@ class Vtc(lmms):
     def __init__(
         self,
         pretrained: str,
-        method: str | None = None,
-        budget: int | float | None = None,
+        method: str | vtc.Method | None = None,
+        budget: int | float | str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **given: Any,
     ):
         super().__init__()
+        self.batch_size = arguments.batch_size(batch_size)
+        if method is None and budget is not None:
+            raise ValueError(f"a budget of {budget} needs a method: method=vtc-cls, for example")
+        if method is None and given:
+            raise TypeError(f"{', '.join(given)}: neither an argument of vtc nor, without a method, a hyper-parameter")
+        arm = FULL if method is None else (arguments.method(method, given), arguments.budget(budget))
         device = pick_device(device or "auto")
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
-            raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
-        self.reader = load(model_path(pretrained), device_map or (str(self.accelerator.device) if several else device))
-        self.batch_size = int(batch_size)
+        _check_processes(several)
+        self.reader = load(
+            model_path(pretrained),
+            device_map or (str(self.accelerator.device) if several else device),
+            dtype=dtype,
+            revision=None if revision is None else str(revision),  # lmms-eval reads a commit of digits as a number
+            pixels={k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None},
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
         self.replies: Store | None = None
-        if method is None and budget is not None:
-            raise ValueError(f"a budget of {budget} needs a method: method=vtc-cls, for example")
-        self.use(*(FULL if method is None else (method, budget)))
+        self.failed: dict[tuple[str, int], str] = {}
+        """What kept questions, by task and number, from being asked; only noted where there is a store of replies."""
+        self.taken: list[tuple[str, Measured]] = []
+        self.seconds = 0.0
+        self.use(*arm)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Vtc:
@@ -99,77 +148,262 @@ class Vtc(lmms):
     def device(self) -> torch.device:
         return self.reader.device
 
+    @property
+    def chat_template(self) -> str:
+        """Read by lmms-eval for --apply_chat_template only, which its own tasks do not survive."""
+        raise ValueError("vtc always asks by the checkpoint's chat template: leave --apply_chat_template out")
+
+    apply_chat_template = chat_template
+
     def use(self, method: str | vtc.Method, budget: int | float | None) -> None:
         """Answer with this method and budget from now on."""
-        self.arm = method, budget
-        vtc.wrap(self.reader.model, resolve(method) if isinstance(method, str) else method, budget)
+        self.arm = str(method), budget
+        vtc.wrap(self.reader.model, method, budget)
+
+    # -- what lmms-eval calls ---------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The replies in the order of `requests`. Any error is the caller's to see."""
-        replies: dict[int, GenerationResult] = {}
+        return self._all(requests, self._answers)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Of each request's answer: the mean of its tokens' negative log-likelihoods, and whether greedy says it.
+
+        The mean, and negative, because lmms-eval's tasks take the smallest for the best, as its own models give it. It
+        makes strings of bare pairs, but not of what a `GenerationResult` holds.
+        """
+        return self._all(requests, self._rated)
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The replies of all rounds of each request; each round's prompt is the task's, made of the replies before."""
+        return self._all(requests, self._rounds)
+
+    def try_out(self, requests: list[Instance]) -> list[Any]:
+        """Replies to the requests about one question, one token long and nowhere kept."""
+        documents = [self._document(requests[0])]
+        if requests[0].request_type == "loglikelihood":
+            return self.rate(documents, [[self._target(request) for request in requests]])[0].text
+        (reply,) = self.ask(documents, max_new_tokens=1)
+        return [[reply.text] if requests[0].request_type == "generate_until_multi_round" else reply.text]
+
+    def clean(self) -> None:
+        """Called in every process once all requests are answered, also where a process had none to answer."""
+        self._report()
+        super().clean()
+
+    def _all(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
+        found: dict[int, GenerationResult] = {}
         start = time.perf_counter()
         with tqdm(total=len(requests), desc=f"{self.arm[0]} {self.arm[1]}", disable=self.rank != 0) as bar:
             for rows in _batches(requests, self.batch_size):
-                replies |= zip(rows, self._known_or_asked([requests[row] for row in rows]), strict=True)
+                found |= zip(rows, self._known_or_asked([requests[row] for row in rows], answers), strict=True)
                 bar.update(len(rows))
-        ordered = [replies[row] for row in range(len(requests))]
-        self._report(requests, ordered, time.perf_counter() - start)
+        self.seconds += time.perf_counter() - start
+        ordered = [found[row] for row in range(len(requests))]
+        self.taken += [
+            (request.task_name, reply.token_counts)
+            for request, reply in zip(requests, ordered, strict=True)
+            if "__padding_only__" not in request.metadata  # repeats that keep the processes in step
+        ]
         return ordered
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("vtc answers by generating; take a task with `output_type: generate_until`")
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("vtc answers in one round; take a task with `output_type: generate_until`")
-
-    def _known_or_asked(self, requests: list[Instance]) -> list[GenerationResult]:
+    def _known_or_asked(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         if self.replies is None:
-            return self._answers(requests)
+            return answers(requests)
         missing = {self._key(request): request for request in requests}
         missing = [request for key, request in missing.items() if key not in self.replies.lines]
-        lines = [
-            {**self._identity(request), "prediction": reply.text, "measured": asdict(reply.token_counts)}
-            for request, reply in zip(missing, self._answers(missing), strict=True)
-        ]
-        self.replies.add(lines)
-        known = [self.replies.lines[self._key(request)] for request in requests]
+        new = {
+            self._key(request): {
+                **self._identity(request),
+                "prediction": reply.text,
+                "measured": asdict(reply.token_counts),
+            }
+            for request, reply in zip(missing, answers(missing), strict=True)
+        }
+        failed = {self._key(request) for request in missing if self._where(request) in self.failed}
+        self.replies.add([line for key, line in new.items() if key not in failed])  # they are asked again next time
+        known = [new.get(key) or self.replies.lines[key] for key in map(self._key, requests)]
         return [GenerationResult(line["prediction"], Measured(**line["measured"])) for line in known]
 
-    def _identity(self, request: Instance) -> dict[str, Any]:
+    @staticmethod
+    def _where(request: Instance) -> tuple[str, int]:
         *_, number, task, _ = request.args
-        return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}"}
+        return task, number
+
+    def _identity(self, request: Instance) -> dict[str, Any]:
+        task, number = self._where(request)
+        choice = f"/{request.idx}" if request.request_type == "loglikelihood" else ""
+        return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}{choice}"}
 
     def _key(self, request: Instance) -> str:
         return json.dumps(list(self._identity(request).values()))
 
+    # -- asking -----------------------------------------------------------------------------------------------------
+
     def _answers(self, requests: list[Instance]) -> list[GenerationResult]:
-        documents = [self._document(request) for request in requests]
-        replies: dict[int, GenerationResult] = {}
+        if not requests:
+            return []
+        options = arguments.generation(_asked(requests[0]))
+        return self._each(requests, lambda batch, documents: self.ask(documents, **options), "")
+
+    def _rated(self, requests: list[Instance]) -> list[GenerationResult]:
+        prompts: dict[Any, list[Instance]] = {}
+        for request in requests:  # a question's choices have one prompt
+            prompts.setdefault((*self._where(request), request.args[0]), []).append(request)
+
+        def rate(batch: list[Instance], documents: list[Document]) -> list[GenerationResult]:
+            chosen = [prompts[(*self._where(request), request.args[0])] for request in batch]
+            return self.rate(documents, [[self._target(choice) for choice in choices] for choices in chosen])
+
+        found = self._each([choices[0] for choices in prompts.values()], rate, None)
+        rated: dict[int, GenerationResult] = {}
+        for choices, reply in zip(prompts.values(), found, strict=True):
+            for choice, one in zip(choices, reply.text or [(math.inf, False)] * len(choices), strict=True):
+                rated[id(choice)] = GenerationResult(one, reply.token_counts)
+        return [rated[id(request)] for request in requests]
+
+    def _rounds(self, requests: list[Instance]) -> list[GenerationResult]:
+        return [self._conversation(request) for request in requests]
+
+    def _conversation(self, request: Instance) -> GenerationResult:
+        options, texts, counts = arguments.generation(_asked(request)), [], []
+        messages, (task, number) = request.args[1], self._where(request)
+        doc, round_info = self.task_dict[task][request.args[-1]][number], None
+        turn, done = messages(doc), False
+        while not done:
+            (reply,) = self.ask([chat(turn)], **options)
+            texts.append(reply.text)
+            counts.append(reply.token_counts)
+            following = messages(doc, round_idx=len(texts), previous_output=list(texts), previous_round_info=round_info)
+            if not isinstance(following, tuple):
+                break
+            turn, done, _, round_info = following
+        return GenerationResult(texts, Measured.total(counts))
+
+    def _each(self, requests: list[Instance], asked: Any, instead: Any) -> list[GenerationResult]:
+        """What `asked(requests, documents)` gives for each; `instead` of it for a question that cannot be asked."""
+        documents, replies = {}, {}
+        for row, request in enumerate(requests):
+            with self._noting(request):
+                documents[row] = self._document(request)
         for with_image in (True, False):  # a processor takes a batch with images in each row, or in none
-            rows = [row for row, (_, images) in enumerate(documents) if bool(images) is with_image]
+            rows = [row for row in documents if bool(documents[row][1]) is with_image]
             if rows:
-                answers = self.ask([documents[row] for row in rows], **_options(requests[rows[0]].args[2]))
-                replies |= zip(rows, answers, strict=True)
-        return [replies[row] for row in range(len(requests))]
+                replies |= self._together(requests, documents, rows, asked)
+        nothing = GenerationResult(instead, Measured(input_tokens=0, output_tokens=0))
+        return [replies.get(row, nothing) for row in range(len(requests))]
 
-    def _document(self, request: Instance) -> tuple[Chat, list[Image.Image]]:
-        _, messages, _, number, task, split = request.args
-        return chat(messages(self.task_dict[task][split][number]))
+    def _together(self, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict[int, GenerationResult]:
+        try:
+            answered = asked([requests[row] for row in rows], [documents[row] for row in rows])
+        except (Unreadable, vtc.BudgetError) as error:
+            if isinstance(error, vtc.BudgetError) and self.replies is None:
+                raise
+            if len(rows) > 1:  # which of them is it
+                return {k: v for row in rows for k, v in self._together(requests, documents, [row], asked).items()}
+            if isinstance(error, vtc.BudgetError):
+                return self._at_floor(error.floor, requests, documents, rows, asked)
+            with self._noting(requests[rows[0]]):
+                raise
+            return {}
+        return dict(zip(rows, answered, strict=True))
 
-    def ask(self, documents: Sequence[tuple[Chat, list[Image.Image]]], **options: Any) -> list[GenerationResult]:
+    def _at_floor(self, floor: float, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict:
+        """Images of other sizes have other floors: a budget that is out of reach for one is not for all."""
+        given = self.reader.model.vtc
+        vtc.wrap(self.reader.model, given.method, floor)
+        try:
+            replies = self._together(requests, documents, rows, asked)
+        finally:
+            vtc.wrap(self.reader.model, given.method, given.budget)
+        for reply in replies.values():
+            reply.token_counts.at_floor = True
+        return replies
+
+    @contextmanager
+    def _noting(self, request: Instance) -> Iterator[None]:
+        """A question that cannot be read does not cost the others, where a run says in the end which it was."""
+        try:
+            yield
+        except Exception as error:
+            task, number = self._where(request)
+            cause = error.__cause__ if isinstance(error, Unreadable) else error
+            message = f"{task}, question {number}: {type(cause).__name__}: {cause}"
+            if self.replies is None:
+                raise ValueError(message) from error
+            self.failed[task, number] = message
+
+    def _document(self, request: Instance) -> Document:
+        task, number = self._where(request)
+        doc = self.task_dict[task][request.args[-1]][number]
+        if not callable(request.args[1]) or callable(request.args[2]):  # of a task for "simple" models
+            visuals = request.args[2](doc) or []
+            return chat(ConfigurableMessagesTask._build_user_turn(visuals, request.args[0]))
+        messages = request.args[1]
+        config = getattr(getattr(messages, "__self__", None), "config", None)
+        if config is not None and config.doc_to_visual and (config.num_fewshot or 0) > 0:
+            raise NotImplementedError("lmms-eval gives chat models no examples with images: leave num_fewshot out")
+        return chat(messages(doc))
+
+    def _target(self, request: Instance) -> str:
+        task, number = self._where(request)
+        target = request.args[1]
+        return target(self.task_dict[task][request.args[-1]][number]) if callable(target) else target
+
+    def ask(self, documents: Sequence[Document], **options: Any) -> list[GenerationResult]:
         """Reply and what it took for each (chat, images); either all of them have images or none has."""
-        inputs = self.reader.chats(*zip(*documents, strict=True))
+        inputs = self._inputs(documents)
         new = self.reader.generate(inputs, **options)
         texts = self.reader.processor.batch_decode(new, skip_special_tokens=True)
-        return [GenerationResult(*pair) for pair in zip(texts, self._measured(inputs, new), strict=True)]
+        texts = [_cut(text, options.get("until", ())) for text in texts]
+        beams = options.get("num_beams", 1)
+        return [GenerationResult(*pair) for pair in zip(texts, self._measured(inputs, new, beams), strict=True)]
 
-    def _measured(self, inputs: dict[str, torch.Tensor], new: torch.Tensor) -> list[Measured]:
+    def rate(self, documents: Sequence[Document], answers: Sequence[Sequence[str]]) -> list[GenerationResult]:
+        """For each document, of each of its answers: (mean negative log-likelihood of its tokens, whether greedy).
+
+        The prompts alone are prefilled and pruned, once; each answer goes on from a copy of the cache. So no answer is
+        looked at when it is decided what stays.
+        """
+        inputs = self._inputs(documents)
+        with torch.inference_mode():
+            prompt = self.reader.model(**inputs, use_cache=True, logits_to_keep=1)
+        measured = self._measured(inputs, inputs["input_ids"][:, :0])
+        rated: list[list[tuple[float, bool]]] = [[] for _ in documents]
+        for number in range(max(map(len, answers))):  # the documents' first answers together, then their second ones
+            chosen = [choices[min(number, len(choices) - 1)] for choices in answers]
+            ids = [self.reader.continuation(chat, text) for (chat, _), text in zip(documents, chosen, strict=True)]
+            for row, pair in enumerate(self._likelihoods(prompt, inputs["attention_mask"], ids)):
+                rated[row] += [pair] if number < len(answers[row]) else []
+        return [GenerationResult(*pair) for pair in zip(rated, measured, strict=True)]
+
+    def _likelihoods(self, prompt: Any, mask: torch.Tensor, ids: list[list[int]]) -> list[tuple[float, bool]]:
+        rows = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(self.device)
+        with torch.inference_mode():
+            answer = self.reader.model(
+                input_ids=rows,
+                attention_mask=torch.cat((mask, torch.ones_like(rows)), dim=1),
+                past_key_values=copy.deepcopy(prompt.past_key_values),
+            )
+        logits = torch.cat((prompt.logits[:, -1:], answer.logits[:, :-1]), dim=1).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), rows, reduction="none")
+        greedy = logits.argmax(-1) == rows
+        return [(float(losses[i, : len(row)].mean()), bool(greedy[i, : len(row)].all())) for i, row in enumerate(ids)]
+
+    def _inputs(self, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+        try:
+            return self.reader.chats(*zip(*documents, strict=True))
+        except Exception as error:  # of the processor, and so of what it was given
+            raise Unreadable from error
+
+    def _measured(self, inputs: dict[str, torch.Tensor], new: torch.Tensor, beams: int = 1) -> list[Measured]:
         model, tokenizer = self.reader.model, self.reader.processor.tokenizer
         adapter, trace = model.vtc.adapter, model.vtc.trace
+        visual = torch.stack([inputs["input_ids"] == token for token in adapter.placeholders().values()]).any(0)
         prompt = inputs["attention_mask"].sum(1).tolist()
-        text = (inputs["attention_mask"].bool() & (inputs["input_ids"] != adapter.image_token_id)).sum(1).tolist()
+        text = (inputs["attention_mask"].bool() & ~visual).sum(1).tolist()
         written = (new != tokenizer.pad_token_id).sum(1).tolist()
-        layers, element = trace.tokens_per_layer.tolist(), torch.finfo(model.dtype).bits // 8
+        layers, element = trace.tokens_per_layer[::beams].tolist(), torch.finfo(model.dtype).bits // 8
         seconds = trace.seconds.get("prefill")
         return [
             Measured(
@@ -182,14 +416,12 @@ class Vtc(lmms):
             for row, visual in enumerate(layers)
         ]
 
-    def _report(self, requests: list[Instance], replies: list[GenerationResult], seconds: float) -> None:
+    def _report(self) -> None:
         """Means over all processes, into the results file: lmms-eval puts "avg_" before each name."""
-        own = [
-            (request.task_name, reply.token_counts)
-            for request, reply in zip(requests, replies, strict=True)
-            if "__padding_only__" not in request.metadata  # repeats that keep the processes in step
-        ]
-        everywhere = gather_object(own)
+        everywhere, seconds = gather_object(self.taken), self.seconds
+        self.taken, self.seconds = [], 0.0
+        if not everywhere or not seconds:
+            return
         means = {"processes": self.accelerator.num_processes}
         for task in dict.fromkeys(task for task, _ in everywhere):
             for measure in MEASURES:
@@ -198,6 +430,24 @@ class Vtc(lmms):
                 means[f"{task}/{measure}"] = sum(known) / len(known) if known else None
         written = sum(count.output_tokens for _, count in everywhere)
         log_metrics(seconds, written, written / seconds, means)
+
+
+class Simple(Vtc):
+    """The same model for tasks that lmms-eval words for "simple" models: multiple choice by likelihood."""
+
+    is_simple = True
+
+
+def _check_processes(several: bool) -> None:
+    """Several processes that were promised by the launcher have to be there, and have to know of each other."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+        raise RuntimeError("the processes do not see each other: on CPUs start them with ACCELERATE_USE_CPU=true")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        logger.warning(  # lmms-eval silences Python's own warnings
+            "accelerate launch was asked for several processes and started one, as it does with --cpu: this run takes "
+            "all questions itself. Start several with torchrun, and on CPUs with ACCELERATE_USE_CPU=true"
+        )
 
 
 def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
@@ -211,26 +461,30 @@ def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
 
 
 def folder_name(model_args: str) -> str:
-    """What the folder of a run is named after: the checkpoint, the method and the budget."""
+    """What the folder of a run is named after: the checkpoint, the method, its hyper-parameters and the budget."""
     given = simple_parse_args_string(model_args)
     method = [Path(given["method"]).stem] if "method" in given else []
+    hyper = [f"{name}={value}" for name, value in given.items() if name not in inspect.signature(Vtc).parameters]
     budget = [str(given["budget"])] if "budget" in given else []
-    return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *budget])
+    return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *hyper, *budget])
 
 
 def _batches(requests: list[Instance], size: int) -> Iterator[list[int]]:
-    """Indices of requests that may be answered together: of one task, and so with the same options."""
+    """Indices of requests that may be answered together: of one task, and with the same options of generation."""
     groups: dict[str, list[int]] = {}
     for row, request in enumerate(requests):
-        groups.setdefault(json.dumps([request.task_name, request.args[2]], default=str), []).append(row)
+        options = [argument for argument in request.args if isinstance(argument, dict)]
+        groups.setdefault(json.dumps([request.task_name, options], default=str), []).append(row)
     for rows in groups.values():
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
 
-def _options(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options of `generate` for what a task file asks."""
-    options = {"max_new_tokens": asked.get("max_new_tokens", 1024), "num_beams": asked.get("num_beams", 1)}
-    if asked.get("temperature", 0) > 0:
-        options |= {"do_sample": True, "temperature": asked["temperature"], "top_p": asked.get("top_p")}
-    return options
+def _asked(request: Instance) -> dict[str, Any]:
+    """What the task asks of generation: chat tasks have it third, those for simple models second."""
+    return next(argument for argument in request.args if isinstance(argument, dict))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Up to the first of the strings that end a reply."""
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

@@ -8,13 +8,14 @@ a second run asks only what is missing.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from numbers import Real
@@ -22,127 +23,301 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import published, report, run
+from vtc.eval import folder, measure, published, report, run
+from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
-from vtc.eval.run import Arm, Store
+from vtc.eval.run import Arm
 from vtc.install import install_line
 
 if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
     from lmms_eval.api.task import Task
 
     from vtc.eval.suite_model import Vtc
 
 REPLIES = "replies-{}.jsonl"
 """What one process was answered, in the folder of the run."""
+SHOWN = 5
+"""Failures that the last error names; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked to do. `limit`: questions of each task, None for all; budgets as in `run.Settings`."""
+    """What a run is asked to do.
+
+    `methods` are names, JSON files or `vtc.Method`s, budgets as in `run.Settings`; `limit`: questions of each task,
+    None for all; `include_path`: a folder with more task files; `gen_kwargs`: as lmms-eval's --gen_kwargs, over what
+    the task files say.
+    """
 
     tasks: tuple[str, ...]
     model: str = "reference"
-    methods: tuple[str, ...] = ("vtc-cls", "fastv", "random", "uniform")
+    methods: tuple[str | vtc.Method, ...] = ("vtc-cls", "fastv", "random", "uniform")
     budgets: tuple[int | float, ...] = (0.5, 0.25, 0.11)
     limit: int | None = None
     seed: int = 0
     batch_size: int = 8
     device: str = "auto"
+    include_path: str | None = None
+    gen_kwargs: str = ""
+
+    @property
+    def named(self) -> dict[str, str | vtc.Method]:
+        """The methods by the name that rows and lines have; the full and the blind model come of themselves."""
+        return {str(method): method for method in self.methods if method not in report.ALWAYS}
 
 
 def evaluate(
-    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False
+    settings: Settings,
+    out: Path,
+    restart: bool = False,
+    dry_run: bool = False,
+    show: Callable[[str, list[dict[str, Any]]], None] = lambda task, rows: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run what is missing of `settings` in the folder `out`; write each task's results, summary and picture there.
 
-    With `dry_run` nothing is written and it ends before the long work: the model is loaded, the first question of each
-    task was asked in every arm, and the task scored the reply.
+    A task is written, and given to `show`, when it is done. A question that cannot be read and, on one process, a task
+    that fails do not cost the others. With `dry_run` nothing is written and it ends before the long work: the model is
+    loaded, the first question of each task was asked in every arm, and the task scored the reply.
 
     Returns the summary rows of each task; nothing from a dry run or in any process but the first.
 
     Raises:
-        ValueError: unknown methods or tasks; a task whose data or code fails, with its own error; a folder of another
-            run.
+        ValueError: unknown methods or tasks; a task that lacks a package or a judge's key; a folder of another run; in
+            the end, for what could not be asked or scored, with its own error.
         ImportError: lmms-eval is missing, or cannot be imported.
     """
-    run.check_methods(settings.methods, list(vtc.list_methods()))
+    _check(settings)
     _import_lmms_eval()
     from vtc.eval.suite_model import Vtc
 
-    lm = Vtc(settings.model, batch_size=settings.batch_size, device=settings.device)
+    known = _manager(settings.include_path).all_tasks
+    for name in settings.tasks:
+        _check_known(name, known)
+    lm, failures = Vtc(settings.model, batch_size=settings.batch_size, device=settings.device), {}
     with lm.accelerator.main_process_first():  # the others find the data in the cache
-        tasks = load_tasks(settings.tasks)
+        tasks = _loaded(settings, failures)
+    tasks = {name: task for name, task in tasks.items() if _tried(lm, name, task, failures)}
     arms = plan(lm, settings, tasks)
-    if dry_run:
+    if dry_run or not tasks:
+        _raise(failures)
         return {}
     if lm.accelerator.is_main_process:
-        run.open_folder(out, _configuration(settings), restart, REPLIES.format("*"))
+        _open(settings, out, restart, lm, tasks)
     lm.accelerator.wait_for_everyone()
     lm.replies = _replies(out, lm.accelerator.process_index)
+    done = {}
+    for name, task in tasks.items():
+        with _noting(name, failures, several=lm.accelerator.num_processes > 1):
+            rows = _evaluate_task(lm, settings, task, arms, out, failures)
+            if lm.accelerator.is_main_process:
+                done[name] = rows
+                show(name, rows)
+    if lm.accelerator.is_main_process:
+        _raise(failures)
+    return done
+
+
+def _evaluate_task(
+    lm: Vtc, settings: Settings, task: Task, arms: list[Arm], out: Path, failures: dict[str, str]
+) -> list[dict[str, Any]]:
+    from accelerate.utils import gather_object
+
     found = []
     for arm in arms:
-        _use(lm, arm)
-        found.append(_simple_evaluate(lm, settings, tasks, out))
+        _use(lm, settings, arm)
+        found.append(_simple_evaluate(lm, settings, task, out))
+    unread = dict(gather_object(list(lm.failed.items())))
+    lm.failed.clear()
+    failures |= {f"{name}, question {number}": message for (name, number), message in unread.items()}
     if not lm.accelerator.is_main_process:
-        return {}
-    return {name: _write(settings, out / name, task, arms, found) for name, task in tasks.items()}
+        return []
+    return _write(settings, out / task.config.task, task, arms, found, {number for _, number in unread})
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Task]:
+def _check(settings: Settings) -> None:
+    """Refuse, before the model is loaded, what cannot be run."""
+    from vtc.eval.tasks import field
+
+    names = [method for method in settings.methods if isinstance(method, str)]
+    if run.SMALLER in names:
+        raise ValueError(
+            f"unknown method {run.SMALLER!r} with --tasks: it is for scenes, whose images it shrinks; the methods of "
+            f"benchmarks are {', '.join(vtc.list_methods())}"
+        )
+    run.check_methods(names)
+    if len(settings.named) < len({*settings.methods} - {*report.ALWAYS}):
+        raise ValueError("two methods have the same hyper-parameters, and so the same name")
+    if lacking := [sentence for name in settings.tasks for sentence in field.lacking(name)]:
+        raise ValueError("; ".join(lacking))
+    if settings.limit is not None and settings.limit % 2 and "mme" in settings.tasks:
+        raise ValueError(f"mme asks two questions about each image: --limit has to be even, not {settings.limit}")
+
+
+def _open(settings: Settings, out: Path, restart: bool, lm: Vtc, tasks: dict[str, Task]) -> None:
+    """Make `out` this run's folder. A run with a higher limit goes on: it is the same one up to the old limit."""
+    file, there = out / "config.json", settings.limit
+    if file.exists() and not restart:
+        there = json.loads(file.read_text()).get("settings", {}).get("limit", there)
+    more = there is not None and (settings.limit is None or settings.limit > there)
+    if more:
+        as_it_was = replace(settings, limit=there)
+        folder.open_folder(out, _configuration(as_it_was, lm, tasks), restart, REPLIES.format("*"))
+        folder.write_json(file, _configuration(settings, lm, tasks))
+    else:
+        folder.open_folder(out, _configuration(settings, lm, tasks), restart, REPLIES.format("*"))
+
+
+def _configuration(settings: Settings, lm: Vtc, tasks: dict[str, Task]) -> dict[str, Any]:
+    digests = run.method_digests(lm.reader.model, settings.named, settings.budgets)
+    digests |= {f"data of {name}": _digest(task, settings.limit) for name, task in tasks.items()}
+    where = model_path(settings.model), pick_device(settings.device)
+    config = folder.configuration(settings, *where, digests)
+    config["versions"]["lmms-eval"] = version("lmms-eval")
+    return config
+
+
+def _digest(task: Task, limit: int | None) -> str:
+    """Tells two states of a task apart: its questions up to `limit`, how the first one is put, and its options."""
+    import pyarrow as pa
+
+    digest, documents = hashlib.sha256(), task.eval_docs
+    documents = documents.select(range(min(limit or len(documents), len(documents)))).with_format("arrow")
+    for batch in documents.iter(100):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_table(batch.combine_chunks())
+        digest.update(sink.getvalue())
+    request = _first(task)[0]
+    asked = [value for value in request.args if isinstance(value, str | dict)]
+    messages = task.doc_to_messages(task.eval_docs[0]) if hasattr(task, "doc_to_messages") else []
+    for part in [part for message in messages for part in message["content"]]:
+        shown = part.get("url")
+        digest.update(shown.tobytes() if hasattr(shown, "tobytes") else json.dumps(part, default=str).encode())
+    digest.update(json.dumps([asked, task.config.generation_kwargs], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _noting(name: str, failures: dict[str, str], several: bool = False) -> Iterator[None]:
+    """A task that fails does not cost the others: `failures` says why it did. Several processes have to keep in step,
+    so that there it ends the run."""
+    try:
+        yield
+    except Exception as error:
+        if several:
+            raise _true_error(name, error) from error
+        failures[name] = str(_true_error(name, error))
+
+
+def _raise(failures: dict[str, str]) -> None:
+    if failures:
+        more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+        raise ValueError("; ".join(list(failures.values())[:SHOWN]) + more)
+
+
+def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Task]:
     """The tasks, and those of groups, by name, with their data. Raises ValueError with what went wrong, and where."""
     from lmms_eval.evaluator_utils import get_task_list
     from lmms_eval.tasks import get_task_dict
 
-    known, tasks = _manager().all_tasks, {}
+    manager, tasks = _manager(include_path), {}
     for name in names:
-        if name not in known:
-            close = ", ".join(difflib.get_close_matches(name, known)) or "see `python -m lmms_eval --tasks list`"
-            raise ValueError(f"lmms-eval has no task {name!r}; perhaps {close}")
+        _check_known(name, manager.all_tasks)
         with _blaming(name):
-            found = get_task_list(get_task_dict([name], _manager(), "chat"))
+            found = get_task_list(get_task_dict([name], manager, _worded_for(name, manager)))
         tasks |= {output.task_name: output.task for output in found}
     return tasks
+
+
+def _worded_for(name: str, manager: Any) -> str:
+    """lmms-eval words multiple choice by likelihood for its "simple" models only."""
+    config = manager._get_config(name) if manager._name_is_task(name) else {}
+    return "simple" if config.get("output_type") in ("multiple_choice", "loglikelihood") else "chat"
+
+
+def _check_known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = ", ".join(difflib.get_close_matches(name, known)) or "see `python -m lmms_eval --tasks list`"
+        raise ValueError(f"lmms-eval has no task {name!r}; perhaps {close}")
+
+
+def _loaded(settings: Settings, failures: dict[str, str]) -> dict[str, Task]:
+    from lmms_eval.utils import simple_parse_args_string
+
+    from vtc.eval import arguments
+
+    over, tasks = simple_parse_args_string(settings.gen_kwargs), {}
+    arguments.generation(over)
+    for name in settings.tasks:
+        with _noting(name, failures):
+            tasks |= load_tasks([name], settings.include_path)
+    for task in tasks.values():
+        if "generate" in task.OUTPUT_TYPE:
+            task.set_config("generation_kwargs", over, update=True)
+    return tasks
+
+
+def _tried(lm: Vtc, name: str, task: Task, failures: dict[str, str]) -> bool:
+    """Whether the first question can be asked, and the task scores the reply."""
+    from vtc.eval import arguments
+
+    with _noting(name, failures):
+        arguments.generation(task.config.generation_kwargs or {})
+        replies = _try(lm, task)
+        process_results = inspect.unwrap(type(task).process_results)  # lmms-eval tries five times, 2 s apart
+        _check_scores(task, process_results(task, task.eval_docs[0], replies))
+        return True
+    return False
+
+
+def _first(task: Task) -> list[Instance]:
+    """What lmms-eval asks about the first question."""
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    about = {"task": task.config.task, "doc_id": 0, "repeats": 1, "split": split}
+    text = task.doc_to_text(task.eval_docs[0]) if task.OUTPUT_TYPE == "multiple_choice" else ""
+    found = task.construct_requests(doc_id=0, ctx=text, metadata=about)
+    return found if isinstance(found, list) else [found]
+
+
+def _try(lm: Vtc, task: Task) -> list[Any]:
+    """The replies to the first question, one token long."""
+    lm.task_dict[task.config.task] = task.dataset
+    return lm.try_out(_first(task))
 
 
 def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     """All arms, the full and the blind model first, each tried on the first question of each task.
 
-    Budgets out of reach show themselves there and become the method's floor.
+    Where all images have one size, a budget out of reach shows itself here and becomes the method's floor; else each
+    image is decided by itself.
     """
-    from vtc.eval.suite_model import chat
-
-    arms, documents = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)], []
-    for method in dict.fromkeys(method for method in settings.methods if method not in report.ALWAYS):
-        arms += [Arm(method, budget, budget) for budget in dict.fromkeys(settings.budgets)]
-    for name, task in tasks.items():
-        with _blaming(name):
-            if task.OUTPUT_TYPE != "generate_until":
-                raise TypeError(f"it is of type {task.OUTPUT_TYPE}, and vtc answers by generating")
-            documents.append(chat(task.doc_to_messages(task.eval_docs[0])))
-        (reply,) = lm.ask([documents[-1]], max_new_tokens=1)
-        with _blaming(name):
-            process_results = inspect.unwrap(type(task).process_results)  # lmms-eval tries five times, 2 s apart
-            _score(task, process_results(task, task.eval_docs[0], [reply.text]))
-    return [_reachable(lm, arm, documents) for arm in arms]
+    arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
+    for method in settings.named:
+        arms += [_reachable(lm, settings, Arm(method, budget, budget)) for budget in dict.fromkeys(settings.budgets)]
+    for arm in arms:
+        _use(lm, settings, arm)
+        for task in tasks.values():
+            with suppress(vtc.BudgetError):
+                _try(lm, task)
+    return arms
 
 
-def _reachable(lm: Vtc, arm: Arm, documents: list[Any]) -> Arm:
+def _reachable(lm: Vtc, settings: Settings, arm: Arm) -> Arm:
     try:
-        _use(lm, arm)
-        for document in documents:
-            lm.ask([document], max_new_tokens=1)
+        _use(lm, settings, arm)
     except vtc.BudgetError as error:
         return Arm(arm.method, arm.budget, error.floor, reachable=False)
     return arm
 
 
-def _use(lm: Vtc, arm: Arm) -> None:
+def _use(lm: Vtc, settings: Settings, arm: Arm) -> None:
     from vtc.eval.suite_model import FULL
 
     if arm.method == "full":
         lm.use(*FULL)
     else:
-        lm.use(run.BLIND if arm.method == "blind" else arm.method, arm.spend)
+        lm.use(run.BLIND if arm.method == "blind" else settings.named[arm.method], arm.spend)
 
 
 def _replies(out: Path, process: int) -> Store:
@@ -154,80 +329,110 @@ def _replies(out: Path, process: int) -> Store:
     return store
 
 
-def _simple_evaluate(lm: Vtc, settings: Settings, tasks: dict[str, Task], out: Path) -> dict[str, Any] | None:
+def _simple_evaluate(lm: Vtc, settings: Settings, task: Task, out: Path) -> dict[str, Any] | None:
     """What lmms-eval found in the first process, None in the others; `out` is where tasks put files for submission."""
     from lmms_eval import evaluator
-    from tenacity import RetryError
 
-    try:
-        return evaluator.simple_evaluate(
-            model=lm,
-            tasks=list(tasks.values()),
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            bootstrap_iters=0,
-            task_manager=_manager(),
-            cli_args=Namespace(output_path=str(out), process_with_media=False),
-        )
-    except RetryError as error:
-        raise _true_error(", ".join(tasks), error) from error
+    lm.is_simple = not hasattr(task, "doc_to_messages")
+    return evaluator.simple_evaluate(
+        model=lm,
+        tasks=[task],
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        bootstrap_iters=0,
+        task_manager=_manager(settings.include_path),
+        cli_args=Namespace(output_path=str(out), process_with_media=False),
+    )
 
 
-def _write(settings: Settings, folder: Path, task: Task, arms: list[Arm], found: list[Any]) -> list[dict[str, Any]]:
-    """results.jsonl, summary.json and curve.png of one task; gives the summary rows."""
+def _write(
+    settings: Settings, where: Path, task: Task, arms: list[Arm], found: list[Any], unread: set[int]
+) -> list[dict[str, Any]]:
+    """results.jsonl, summary.json and curve.png of one task; gives the summary rows.
+
+    Questions in `unread` could not be asked, in some arm, and count in none.
+    """
     name = task.config.task
-    groups = [(arm.method, arm.budget, arm.reachable, lines) for arm, lines in _lines(task, arms, found)]
-    rows = report.summarise(groups, settings.seed)
-    for row, results in zip(rows, found, strict=True):
-        row["metrics"] = _metrics(results["results"][name])
-    folder.mkdir(exist_ok=True)
+    samples = [_samples(results["samples"][name], unread) for results in found]
+    groups = [
+        (arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines)
+        for arm, lines in _lines(task, arms, samples)
+    ]
+    own = measure.own_metric(task, samples, settings.seed)
+    rows = report.summarise(groups, settings.seed, own)
+    for row, results, asked in zip(rows, found, samples, strict=True):
+        row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
+    where.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for *_, lines in groups for line in lines)
-    (folder / "results.jsonl").write_text(text, encoding="utf-8")
-    run.write_json(folder / "summary.json", rows)
+    (where / "results.jsonl").write_text(text, encoding="utf-8")
+    folder.write_json(where / "summary.json", rows)
     title = f"{settings.model}: {name}, {rows[0]['n']} questions"
-    report.picture(rows, folder / "curve.png", title, published.points(name, settings.model))
+    points = published.points(name, settings.model, percent=own.percent)
+    report.picture(rows, where / "curve.png", title, points)
     return rows
 
 
-def _lines(task: Task, arms: list[Arm], found: list[Any]) -> Iterator[tuple[Arm, list[dict[str, Any]]]]:
+def _samples(found: list[dict[str, Any]], unread: set[int]) -> list[dict[str, Any]]:
+    """One for each question that was asked, in their order."""
+    first: dict[int, dict[str, Any]] = {}
+    for sample in found:
+        first.setdefault(sample["doc_id"], sample)  # there is one for each filter: the first filter's counts
+    return [first[number] for number in sorted(first) if number not in unread]
+
+
+def _lines(
+    task: Task, arms: list[Arm], samples: list[list[dict[str, Any]]]
+) -> Iterator[tuple[Arm, list[dict[str, Any]]]]:
     """Each arm with a line for each question, in the order of the questions."""
-    name, full = task.config.task, {}
-    for arm, results in zip(arms, found, strict=True):
-        samples: dict[int, dict[str, Any]] = {}
-        for sample in results["samples"][name]:
-            samples.setdefault(sample["doc_id"], sample)  # there is one for each filter: the first filter's counts
-        predictions = {number: sample["resps"][0][0] for number, sample in samples.items()}
-        full = full or predictions
+    name, full = task.config.task, [_prediction(sample) for sample in samples[0]]
+    for arm, asked in zip(arms, samples, strict=True):
         yield (
             arm,
             [
                 {
-                    "question_id": f"{name}-{number:05d}",
+                    "question_id": f"{name}-{sample['doc_id']:05d}",
                     "task": name,
                     "method": arm.method,
                     "budget": arm.budget,
-                    "tokens": samples[number]["token_counts"][0]["visual_tokens"],
-                    "prediction": predictions[number],
-                    "answer": str(samples[number]["target"]),
-                    "correct": _score(task, samples[number]),
-                    "agrees": report.is_correct(predictions[number], full[number]),
+                    "tokens": sample["token_counts"][0]["visual_tokens"],
+                    "at_floor": not arm.reachable or sample["token_counts"][0]["at_floor"],
+                    "prediction": _prediction(sample),
+                    "answer": str(sample["target"]),
+                    "correct": _score(task, sample),
+                    "agrees": report.is_correct(_prediction(sample), by_full),
                 }
-                for number in sorted(samples)
+                for sample, by_full in zip(asked, full, strict=True)
             ],
         )
 
 
-def _score(task: Task, sample: dict[str, Any]) -> float:
-    """What the task's first metric that knows single questions gave this one, 0 to 1."""
+def _prediction(sample: dict[str, Any]) -> str:
+    """The reply; of several rounds all of them; of choices rated by likelihood the number of the best."""
+    replies = [reply[0] for reply in sample["resps"]]
+    if isinstance(replies[0], tuple | list) and isinstance(replies[0][0], float):
+        return str(min(range(len(replies)), key=lambda choice: replies[choice][0]))
+    return replies[0] if isinstance(replies[0], str) else "\n".join(replies[0])
+
+
+def _score(task: Task, sample: dict[str, Any]) -> float | None:
+    """What the task's first metric that knows single questions gave this one, 0 to 1; None where none does."""
     for metric in task.higher_is_better():
         value = sample.get(metric)
         value = value.get("score") if isinstance(value, dict) else value
         if isinstance(value, Real):
             return float(value)
-    raise ValueError(
-        "it gives no score to a single question, so that there is no curve to draw: "
-        "run it with `python -m lmms_eval --model vtc`"
-    )
+    return None
+
+
+def _check_scores(task: Task, given: dict[str, Any]) -> None:
+    if _score(task, given) is None:
+        try:
+            measure.own_metric(task, [[given]], seed=0)
+        except Exception as error:
+            raise ValueError(
+                f"it gives no score to a single question, and its aggregation none to several ({error}), so that there "
+                "is no curve to draw: run it with `python -m lmms_eval --model vtc`"
+            ) from error
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:
@@ -252,19 +457,14 @@ def _true_error(name: str, error: Exception) -> ValueError:
 
 
 @cache
-def _manager() -> Any:
-    """lmms-eval's index of tasks, with vtc's own."""
+def _manager(include_path: str | None = None) -> Any:
+    """lmms-eval's index of tasks, with vtc's own and those of a folder."""
     from lmms_eval.tasks import TaskManager
 
     from vtc.eval import tasks
 
-    return TaskManager("WARNING", include_path=str(tasks.PATH), model_name="vtc")
-
-
-def _configuration(settings: Settings) -> dict[str, Any]:
-    config = run.configuration(settings, model_path(settings.model), pick_device(settings.device))
-    config["versions"]["lmms-eval"] = version("lmms-eval")
-    return config
+    folders = [str(tasks.PATH), *([include_path] if include_path else [])]
+    return TaskManager("WARNING", include_path=folders, model_name="vtc")
 
 
 def _import_lmms_eval() -> None:

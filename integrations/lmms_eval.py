@@ -11,7 +11,8 @@ from typing import Any
 
 
 def manifests() -> list[Any]:
-    """What lmms-eval reads when it starts: the name of the model and where its class is."""
+    """What lmms-eval reads when it starts: the name of the model and where its classes are."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id="vtc", chat_class_path="vtc.eval.suite_model.Vtc")]
+    module = "vtc.eval.suite_model"
+    return [ModelManifest(model_id="vtc", chat_class_path=f"{module}.Vtc", simple_class_path=f"{module}.Simple")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 
 from vtc.eval import scenes
 
@@ -31,6 +31,9 @@ def save_all(folder: Path) -> None:
         for number, example in enumerate(mixed)
     ]
     save(folder, "GQA", "testdev", testdev_balanced_instructions=asked, testdev_balanced_images=images)
+    save(folder, "SEED-Bench", "test", default=[seed(number, example) for number, example in enumerate(shape)])
+    save(folder, "MMBench", "dev", en=[mmbench(number, example) for number, example in enumerate(shape)])
+    save(folder, "RefCOCO", "val", default=[refcoco(number) for number in range(QUESTIONS)])
 
 
 def pope(number: int, example: scenes.Example) -> dict:
@@ -73,6 +76,53 @@ def scienceqa(number: int, example: scenes.Example) -> dict:
     }
 
 
+def seed(number: int, example: scenes.Example) -> dict:
+    """Two kinds of questions, as its metrics count them apart."""
+    choices = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), options(example), strict=True))
+    return {
+        **choices,
+        "question_id": str(number),
+        "question": example.question,
+        "answer": "ABCD"[options(example).index(example.answer)],
+        "data_type": ("image", "video")[number % 2],
+        "image": [example.image],
+    }
+
+
+def mmbench(number: int, example: scenes.Example) -> dict:
+    return {
+        **dict(zip("ABCD", options(example), strict=True)),
+        "index": number,
+        "question": example.question,
+        "hint": "nan",
+        "answer": "ABCD"[options(example).index(example.answer)],
+        "category": ("shape", "form")[number % 2],
+        "L2-category": "perception",
+        "source": "scenes",
+        "split": "dev",
+        "image": example.image,
+    }
+
+
+def refcoco(number: int) -> dict:
+    """Two descriptions of one thing; its box as (left, top, width, height)."""
+    scene, _ = scenes.training_scene("test", 0, number)
+    left, top, right, bottom = scene.things[0].box
+    named = " ".join(scene.things[0].words)
+    return {
+        "question_id": str(number),
+        "answer": [named, f"the {named}"],
+        "bbox": [float(left), float(top), float(right - left), float(bottom - top)],
+        "image": scene.image,
+    }
+
+
+def options(example: scenes.Example) -> list[str]:
+    """Four shapes, the right one among them."""
+    wrong = [shape for shape in scenes.SHAPES if shape != example.answer][:3]
+    return sorted([example.answer, *wrong])
+
+
 def textvqa(number: int, example: scenes.Example) -> dict:
     """All ten people agree."""
     return {
@@ -91,7 +141,8 @@ def save(folder: Path, name: str, split: str, **configs: list[dict]) -> None:
     card = ["---", "configs:"]
     for config, rows in configs.items():
         data = Dataset.from_list(rows)
-        data = data.cast_column("image", Image()) if "image" in rows[0] else data
+        if "image" in rows[0]:
+            data = data.cast_column("image", List(Image()) if isinstance(rows[0]["image"], list) else Image())
         data.to_parquet(where / f"{config}.parquet")
         card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {config}.parquet"]
     (where / "README.md").write_text("\n".join([*card, "---", ""]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -303,6 +304,39 @@ def test_a_folder_of_another_run_is_refused(finished, settings, tmp_path, name, 
     with pytest.raises(ValueError, match=rf"another run \({name} .*--restart"):
         run.evaluate(replace(settings, **{name: value}), out)
     assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_method_whose_file_says_something_else_is_refused(settings, tmp_path):
+    file = tmp_path / "tuned.json"
+    few = replace(settings, methods=(str(file),), budgets=(0.5,), limit=2)
+    vtc.list_methods()["fastv"](layer=1).to_json(file)
+    run.evaluate(few, tmp_path / "run")
+    file.write_text(file.read_text() + " ")  # the same method
+    run.evaluate(few, tmp_path / "run")
+    vtc.list_methods()["fastv"](layer=3).to_json(file)
+    with pytest.raises(ValueError, match=r"another run \(method .*tuned\.json \w+ there, \w+ here\)"):
+        run.evaluate(few, tmp_path / "run")
+    file.write_text('{"method": "fas')
+    with pytest.raises(ValueError, match=r"tuned\.json"):
+        run.evaluate(few, tmp_path / "run")
+
+
+def test_modules_that_were_trained_anew_are_refused(settings, tmp_path):
+    shutil.copytree(settings.model, tmp_path / "model")
+    few = replace(settings, model=str(tmp_path / "model"), methods=("atp",), budgets=(0.5, 0.25), limit=2)
+
+    def train(budget, seed):
+        torch.manual_seed(seed)
+        modules = vtc.list_methods()["atp"]().untrained(vtc.Shape(8, 2), width=4)
+        modules.save_pretrained(tmp_path / "model" / "atp" / str(budget))
+
+    train(0.5, seed=0)  # 0.25 is below what was trained for, and runs at the floor
+    run.evaluate(few, tmp_path / "run")
+    train(0.75, seed=0)  # nobody asks for these
+    run.evaluate(few, tmp_path / "run")
+    train(0.5, seed=1)
+    with pytest.raises(ValueError, match=r"another run \(method atp \w+ there, \w+ here\)"):
+        run.evaluate(few, tmp_path / "run")
 
 
 def test_restart_throws_the_other_run_away(finished, settings, tmp_path):

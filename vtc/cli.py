@@ -107,6 +107,10 @@ def evaluate(
             "metrics and lengths count; --suffix and --max-new-tokens do not."
         ),
     ] = "",
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: a folder with more task files.")] = None,
+    gen_kwargs: Annotated[
+        str, typer.Option(help="With --tasks: over what task files ask of generation, such as max_new_tokens=16.")
+    ] = "",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions of each task; unless given 1000 of scenes, all of a benchmark.")
     ] = None,
@@ -159,7 +163,8 @@ def evaluate(
     if tasks:
         if by_task or faithfulness or suffix:
             raise typer.BadParameter("--by-task, --faithfulness and --suffix are for scenes, not for --tasks")
-        asked = suites.Settings(_split(tasks), model, chosen, spend, limit, seed, batch_size, device)
+        more = str(include_path.absolute()) if include_path else None
+        asked = suites.Settings(_split(tasks), model, chosen, spend, limit, seed, batch_size, device, more, gen_kwargs)
         _suites(asked, out, restart, dry_run, console)
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -183,14 +188,15 @@ def evaluate(
 def _suites(settings: Any, out: Path, restart: bool, dry_run: bool, console: Console) -> None:
     from vtc.eval import published, report, suites
 
-    found = suites.evaluate(settings, out, restart, dry_run)
-    if dry_run:
-        console.print(REHEARSED)
-    for task, rows in found.items():
+    def show(task: str, rows: list[dict[str, Any]]) -> None:
         console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
         if figures := published.table(task, rows):
             console.print(figures)
         console.print(f"{escape(str(out / task))}: curve.png, summary.json, results.jsonl")
+
+    suites.evaluate(settings, out, restart, dry_run, show)
+    if dry_run:
+        console.print(REHEARSED)
 
 
 def _faithfulness(
@@ -534,15 +540,22 @@ def methods() -> None:
 
 @app.command(name="tasks")
 def task_folder() -> None:
-    """Print the folder of vtc's own task for lmms-eval, for its --include_path.
+    """Say which of the field's usual benchmarks run here, and print the folder of vtc's own task for lmms-eval.
+
+    The folder alone is written to stdout, for lmms-eval's --include_path.
 
     Example:
 
       python -m lmms_eval --model vtc --model_args pretrained=reference,method=vtc-cls,budget=0.25 --tasks vtc_scenes
       --include_path $(vtc tasks) --batch_size 32 --output_path out/lmms --log_samples
+
+    More of --model_args: the method's hyper-parameters (method=transprune,alpha=0.3,layers=[2,3,4],budget=25%), dtype,
+    attn_implementation, revision, device_map, min_pixels, max_pixels.
     """
     from vtc.eval import tasks
+    from vtc.eval.tasks import field
 
+    Console(stderr=True).print(field.table())
     typer.echo(tasks.PATH)
 
 

@@ -146,7 +146,7 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         stays: (batch, [key_heads,] length) bool: what stays of the stream.
         lengths: how many that are in each row.
 
-    Raises ValueError for caches that cannot give anything back: none, or one of a fixed size, quantised, or with windows.
+    Raises ValueError for caches that cannot give back: none, or one of a fixed size, quantised, or with windows.
     """
     if cache is None:
         raise ValueError("this method drops from the cache, and this call has none: use_cache=True")

@@ -1,0 +1,174 @@
+"""The folder of a run: what it was answered, what that depended on, and whether a later run is the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import vtc
+from vtc.adapter import find
+
+
+class Store:
+    """The result lines of one run in a file: append-only, flushed a batch at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        whole = self.path.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        if complete != whole:  # killed while writing: the torn line is asked again
+            os.truncate(self.path, len(complete))
+        for number, text in enumerate(complete.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
+                self.lines[_key(line)] = line
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        new = [line for line in lines if _key(line) not in self.lines]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.update((_key(line), line) for line in new)
+
+
+def _key(line: dict[str, Any]) -> str:
+    return json.dumps([line["method"], line["budget"], line["question_id"]])
+
+
+def configuration(settings: Any, path: str, device: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """All that a run's answers depend on, as it is written to config.json.
+
+    `settings` is a dataclass; `digests` tells two states apart of what only has a name there: methods, data.
+    """
+    packages = ("torch", "transformers")
+    return {
+        "settings": json.loads(json.dumps(vars(settings), default=str)),
+        "model_path": path,
+        "model_digest": _model_digest(path),
+        "source_digest": _source_digest(),
+        "device": device,
+        "digests": dict(digests),
+        "versions": {
+            "python": platform.python_version(),
+            "vtc": vtc.__version__,
+            **{name: version(name) for name in packages},
+        },
+        "git_commit": git_commit(),
+    }
+
+
+def method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.Budget]) -> str:
+    """Tells two states of a method apart: its hyper-parameters, and the trained parts that it finds for this model.
+
+    A budget below what was trained for is bound at the floor, as it will be run.
+    """
+    digest, tokens = hashlib.sha256(), find(model).tokens_per_image()
+    for budget in budgets:
+        try:
+            bound = method.bind(model, budget, tokens)
+        except vtc.BudgetError as error:
+            bound = method.bind(model, error.floor, tokens)
+        digest.update(repr(bound).encode())  # without the modules
+        for field in fields(bound):
+            if isinstance(trained := getattr(bound, field.name), nn.Module):
+                for name, weight in trained.state_dict().items():
+                    digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_digest(path: str) -> str | None:
+    """Tells two states of one model apart: sizes and times of a folder's files, or the hub's commit."""
+    if not Path(path).is_dir():
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+
+
+def _source_digest() -> str:
+    """Tells two states of the code apart, as far as answers depend on it: the library, the adapters, this harness."""
+    from vtc import integrations
+
+    library = Path(vtc.__file__).parent
+    files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
+    harness = ("run", "folder", "reader", "scenes", "suites", "suite_model", "arguments")
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
+    digest = hashlib.sha256()
+    for file in sorted(files - {library / "cli.py"}):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this file is tracked in, "-dirty" with local changes; None when installed."""
+    try:
+        for command in (
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+            if done.returncode:
+                return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
+
+
+def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> None:
+    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another.
+
+    `results` is the name, or the pattern of the names, of the files that tell that something was run there.
+    """
+    found, settings = list(out.glob(results)), out / "config.json"
+    if restart:
+        for file in found:
+            file.unlink()
+    elif found:
+        differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
+        if differing:
+            raise ValueError(
+                f"{out} holds another run ({'; '.join(differing)}): "
+                "choose another --out to keep it, or start over with --restart"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What two configurations do not have in common, in words; where a commit differs the sources need not."""
+
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        nested = {k: v for name in ("settings", "digests", "versions") for k, v in config.get(name, {}).items()}
+        return nested | {k: v for k, v in config.items() if k not in ("settings", "digests", "versions", "git_commit")}
+
+    old, new = flat(old), flat(new)
+    names = [name for name in {**new, **old} if json.dumps(old.get(name)) != json.dumps(new.get(name))]
+    return [f"{name} {old.get(name, 'unknown')} there, {new.get(name, 'unknown')} here" for name in names]
+
+
+def write_json(path: Path, value: Any) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)  # whole or not at all
