@@ -6,7 +6,7 @@ goes on counting original positions, so that a dropped token does not widen it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
@@ -17,7 +17,7 @@ from vtc.adapter import Adapter, register
 
 @register
 class Gemma3(Adapter):
-    model_types = ("gemma3",)
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
 
     def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
         types = inputs.get("token_type_ids")

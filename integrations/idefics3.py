@@ -7,29 +7,29 @@ image is known to the processor only: each tile, and each frame of a video, coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtc.adapter import Adapter, register
+from vtc.adapter import Adapter, HfModule, register
 from vtc.attention import TowerStates
 from vtc.grids import Grid
 
 
 @register
 class Idefics3(Adapter):
-    model_types = ("idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HfModule:
         return self.backbone.text_model
 
-    def encoder_blocks(self) -> Sequence[nn.Module]:
+    def encoder_blocks(self) -> Sequence[HfModule]:
         return self.backbone.vision_model.encoder.layers
 
-    def tower_states(self, block: nn.Module, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
+    def tower_states(self, block: HfModule, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
         states = super().tower_states(block, record, call)
         if call.get("pixel_attention_mask") is None:
             return states

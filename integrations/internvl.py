@@ -8,24 +8,24 @@ and counts as an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtc.adapter import Adapter, register
+from vtc.adapter import Adapter, HfModule, register
 from vtc.attention import Attention
 
 
 @register
 class InternVL(Adapter):
-    model_types = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     joins_tiles = True
 
-    def encoder_blocks(self) -> Sequence[nn.Module]:
+    def encoder_blocks(self) -> Sequence[HfModule]:
         return self.backbone.vision_tower.encoder.layer
 
-    def tower_attention(self, block: nn.Module) -> Attention:
+    def tower_attention(self, block: HfModule) -> Attention:
         attention = block.attention  # its norms run over all heads at once, so their outputs are the queries and keys
         heads = attention.num_heads
         return Attention(attention.q_norm, attention.k_norm, heads, heads, attention.scale)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vtc.adapter import Adapter, register
 
 
 @register
 class Llava(Adapter):
-    model_types = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
     merges_patches = True
 
     def tokens_per_image(self) -> int:

@@ -9,7 +9,7 @@ visual token gets the mean score of its patches, whatever `spatial_pool_mode` do
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -22,7 +22,7 @@ from vtc.grids import Grid
 
 @register
 class LlavaNext(Adapter):
-    model_types = ("llava_next", "llava_next_video")
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
     merges_patches = True
 
     def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
@@ -39,8 +39,7 @@ class LlavaNext(Adapter):
 
     def _mosaic(self, patches: Tensor, call: dict[str, Any], newline: float) -> list[Tensor]:
         tiles = patches.split(self.tiles(call))
-        newline = patches.new_full((patches.shape[-1],), newline)
-        return self.pack_features(tiles, call, newline)
+        return self.pack_features(tiles, call, patches.new_full((patches.shape[-1],), newline))
 
     def pack_features(self, tiles: tuple[Tensor, ...], call: dict[str, Any], newline: Tensor) -> list[Tensor]:
         strategy = self.model.config.vision_feature_select_strategy

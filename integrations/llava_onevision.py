@@ -5,7 +5,7 @@ Newline tokens and tiles are scored as in `llava_next.py`. An image among severa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from vtc.integrations.llava_next import LlavaNext
 
 @register
 class LlavaOnevision(LlavaNext):
-    model_types = ("llava_onevision",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
 
     def pool(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         pooled = self.backbone.apply_pooling(patches)

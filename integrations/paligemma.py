@@ -6,7 +6,7 @@ drop only. A sliding window (PaliGemma 2) limits what lies outside the prefix, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vtc.adapter import Adapter, register
 
 @register
 class PaliGemma(Adapter):
-    model_types = ("paligemma",)
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
     merges_patches = True
     window_cuts_blocks = False
 

@@ -9,27 +9,27 @@ together with their token. VFlowOpt's entropy term is not available: patches com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.vision_utils import get_vision_window_index
 
-from vtc.adapter import Adapter, register
+from vtc.adapter import Adapter, HfModule, register
 from vtc.attention import Attention, TowerStates
 from vtc.grids import Grid
 
 
 @register
 class QwenVL(Adapter):
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     has_pixels = False
 
-    def encoder_blocks(self) -> Sequence[nn.Module]:
+    def encoder_blocks(self) -> Sequence[HfModule]:
         return self.backbone.visual.blocks
 
-    def tower_blocks(self) -> Sequence[nn.Module]:
+    def tower_blocks(self) -> Sequence[HfModule]:
         blocks = self.encoder_blocks()
         full = getattr(self.backbone.visual, "fullatt_block_indexes", range(len(blocks)))
         return [block for number, block in enumerate(blocks) if number in full]
@@ -37,13 +37,13 @@ class QwenVL(Adapter):
     def has_cls(self) -> bool:
         return False
 
-    def tower_attention(self, block: nn.Module) -> Attention:
+    def tower_attention(self, block: HfModule) -> Attention:
         return Attention(block.attn.qkv, block.attn.qkv, block.attn.num_heads, block.attn.num_heads, block.attn.scaling)
 
-    def tower_modules(self, block: nn.Module) -> dict[str, nn.Module]:
+    def tower_modules(self, block: HfModule) -> dict[str, HfModule]:
         return {"qkv": block.attn.qkv, "rotary": self.backbone.visual.rotary_pos_emb}
 
-    def tower_states(self, block: nn.Module, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
+    def tower_states(self, block: HfModule, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
         attention, frames = (
             block.attn,
             [height * width for time, height, width in self._grids(call) for _ in range(time)],
@@ -72,9 +72,9 @@ class QwenVL(Adapter):
         return [[(height // merge, width // merge)] * time for time, height, width in self._grids(call)]
 
     def late_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-        mask, late = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-        if late is None:
+        if (late := kwargs.get("deepstack_visual_embeds")) is None:
             return kwargs, []
+        mask = kwargs["visual_pos_masks"]
         dense = [
             states.new_zeros(*mask.shape, states.shape[-1]).masked_scatter(mask[..., None], states) for states in late
         ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vtc.adapter import Adapter, register
 
 
 @register
 class VipLlava(Adapter):
-    model_types = ("vipllava",)
+    model_types: ClassVar[tuple[str, ...]] = ("vipllava",)
 
     def has_cls(self) -> bool:
         return True

@@ -15,13 +15,15 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoImageProcessor
 
 from vtc.attention import Attention, TowerStates
 from vtc.grids import Grid
 from vtc.stage import Shape
 
+HfModule = Any
+"""A module of a Hugging Face model: an `nn.Module` whose attributes no type checker knows."""
 ADAPTERS: dict[str, type[Adapter]] = {}
 
 
@@ -39,23 +41,23 @@ class Adapter:
     window_cuts_blocks: ClassVar[bool] = True
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: HfModule):
         self.model = model
 
     # -- the decoder ----------------------------------------------------------------------------------------------
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> HfModule:
         """The module that has `get_image_features` and merges image features into the text sequence."""
         return self.model.base_model
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HfModule:
         """The text model: takes `inputs_embeds` and runs `layers`."""
         return self.backbone.language_model
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Sequence[HfModule]:
         """The decoder layers."""
         return self.decoder.layers
 
@@ -70,7 +72,7 @@ class Adapter:
             found["video"] = self.model.config.video_token_id
         return found
 
-    def decoder_attention(self, layer: nn.Module) -> Attention:
+    def decoder_attention(self, layer: HfModule) -> Attention:
         """The attention parts of one decoder layer."""
         attention, config = layer.self_attn, self.decoder.config
         return Attention(
@@ -84,21 +86,21 @@ class Adapter:
             getattr(attention, "attn_logit_softcapping", None),
         )
 
-    def window(self, layer: nn.Module) -> int | None:
+    def window(self, layer: HfModule) -> int | None:
         """How many positions back a decoder layer sees; None where it sees all."""
         attention = layer.self_attn
         return getattr(attention, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
 
-    def branches(self, layer: nn.Module) -> dict[str, nn.Module]:
+    def branches(self, layer: HfModule) -> dict[str, HfModule]:
         """The modules of one decoder layer whose outputs are what goes into and comes out of its two residual branches.
 
         Where the layer normalises what comes out, too, that is what is added to the residual.
         """
         if hasattr(layer, "pre_feedforward_layernorm"):
-            names = ("input_layernorm", "post_attention_layernorm")
-            names += ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+            names = ["input_layernorm", "post_attention_layernorm"]
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         else:
-            names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+            names = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
         labels = ("attention in", "attention out", "feed-forward in", "feed-forward out")
         return {label: getattr(layer, name) for label, name in zip(labels, names, strict=True)}
 
@@ -123,15 +125,15 @@ class Adapter:
 
     # -- the vision tower -----------------------------------------------------------------------------------------
 
-    def encoder_blocks(self) -> Sequence[nn.Module]:
+    def encoder_blocks(self) -> Sequence[HfModule]:
         """All blocks of the vision tower."""
         return self.backbone.vision_tower.encoder.layers
 
-    def tower_blocks(self) -> Sequence[nn.Module]:
+    def tower_blocks(self) -> Sequence[HfModule]:
         """The vision tower's blocks that can be scored by, the last being the one whose output the projector reads."""
         return self.encoder_blocks()[: self._last_read()]
 
-    def unread_blocks(self, call: dict[str, Any]) -> Sequence[nn.Module]:
+    def unread_blocks(self, call: dict[str, Any]) -> Sequence[HfModule]:
         """The tower's blocks whose outputs no one asks for in this call of `get_image_features`; they are not run."""
         asked = call.get("vision_feature_layer") not in (None, self._feature_setting("vision_feature_layer", None))
         if asked or call.get("output_hidden_states") or call.get("output_attentions"):
@@ -153,17 +155,17 @@ class Adapter:
         takes = inspect.signature(type(self.backbone).get_image_features).parameters
         return getattr(self.model.config, name, default) if name in takes else default
 
-    def tower_attention(self, block: nn.Module) -> Attention:
+    def tower_attention(self, block: HfModule) -> Attention:
         """The attention parts of one tower block."""
         attention = block.self_attn
         return Attention(attention.q_proj, attention.k_proj, attention.num_heads, attention.num_heads, attention.scale)
 
-    def tower_modules(self, block: nn.Module) -> dict[str, nn.Module]:
+    def tower_modules(self, block: HfModule) -> dict[str, HfModule]:
         """The modules whose outputs `tower_states` needs, by name."""
         attention = self.tower_attention(block)
         return {"query": attention.query, "key": attention.key}
 
-    def tower_states(self, block: nn.Module, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
+    def tower_states(self, block: HfModule, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
         """Queries and keys of one tower block, from the outputs of `tower_modules` and the encoder's arguments."""
         attention = self.tower_attention(block)
         return TowerStates(attention.queries(record["query"]), attention.keys(record["key"]), attention.scale)
@@ -223,7 +225,7 @@ def register(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-def find(model: nn.Module) -> Adapter:
+def find(model: HfModule) -> Adapter:
     """The adapter for `model`, by `config.model_type`. Raises a TypeError that names the known families."""
     import vtc.integrations
 

@@ -78,6 +78,15 @@ class Call:
         row = given[:, 0, -1, : kwargs["inputs_embeds"].shape[1]]
         return row if row.dtype == torch.bool else row == 0
 
+    def blocks(self, seen: int, ahead: int, device: torch.device) -> Tensor | None:
+        """(batch, length) int64: see `Adapter.blocks`; none after a prompt."""
+        blocks = None if seen else self.compression.adapter.blocks(self.inputs)
+        if blocks is not None:
+            blocks = blocks.to(device, copy=True)
+            if ahead:  # a guess is no part of the prompt's block, whatever the text model would make of it
+                blocks[:, -ahead:] = -1
+        return blocks
+
     def check(self, cache: Any, windows: bool) -> None:
         """Raise ValueError for what cannot be pruned exactly; `windows`: whether any layer's window hides anything."""
         given, static = self.inputs.get("attention_mask"), held.is_static(cache)
@@ -89,10 +98,10 @@ class Call:
 
 def modalities(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding."""
-    tokens, ids, embeds = adapter.placeholders(), inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if ids is not None:
+    tokens = adapter.placeholders()
+    if (ids := inputs.get("input_ids")) is not None:
         return {modality: ids == token for modality, token in tokens.items()}
-    embedding = adapter.backbone.get_input_embeddings()
+    embeds, embedding = inputs["inputs_embeds"], adapter.backbone.get_input_embeddings()
     return {
         modality: (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
         for modality, token in tokens.items()

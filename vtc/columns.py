@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,15 +65,16 @@ class Columns:
         """The same for each of a layer's key heads."""
         if self.place.ndim == 3:
             return self
-        place, weight = (None if x is None else x[:, None].expand(-1, heads, -1) for x in (self.place, self.weight))
-        return replace(self, place=place, weight=weight)
+        return self._each(lambda x: x[:, None].expand(-1, heads, -1))
 
     def cropped(self, count: int) -> Columns:
         """Without the last `count`."""
-        place, weight = (None if x is None else x[..., : self.length - count] for x in (self.place, self.weight))
-        return replace(self, place=place, weight=weight)
+        return self._each(lambda x: x[..., : self.length - count])
 
     def rows(self, index: Tensor) -> Columns:
         """Other rows of the batch."""
-        place, weight = (None if x is None else x[index.to(x.device)] for x in (self.place, self.weight))
-        return replace(self, place=place, weight=weight)
+        return self._each(lambda x: x[index.to(x.device)])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Columns:
+        weight = None if self.weight is None else change(self.weight)
+        return replace(self, place=change(self.place), weight=weight)

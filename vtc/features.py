@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vtc.clock import Passage
 from vtc.grids import Grid, cells
@@ -118,3 +119,13 @@ def _joined(placed: Sequence[Placed], length: int) -> list[Placed]:
         else:
             result.append(tile)
     return result
+
+
+def tower_rows(images: Sequence[Placed], needs: Iterable[Need], device: torch.device) -> dict[Need, Tensor]:
+    """What the tower showed about each image, padded to the widest: (images, channels, tokens) by need."""
+
+    def padded(need: Need) -> Tensor:
+        rows = [image.image.rows[need].to(device).T for image in images]
+        return pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+    return {need: padded(need) for need in needs if need.tower}

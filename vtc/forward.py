@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import vtc.compact as compact
 import vtc.held as held
@@ -21,7 +20,7 @@ from vtc.choice import Choice, by_head
 from vtc.clock import Clock
 from vtc.columns import Columns
 from vtc.compression import Compression
-from vtc.features import locate
+from vtc.features import locate, tower_rows
 from vtc.held import Held
 from vtc.need import Need
 from vtc.rotary import Tables, carried
@@ -43,12 +42,12 @@ class Forward:
     """What the cache held of earlier calls."""
     stream: Stream
     visibility: Visibility
+    entry: Stream
+    """What layer 0 reads, over which the text model makes its rotary tables."""
     busy: bool = False
     """Whether this call has anything to do at all; else nothing is touched."""
     ahead: int = 0
     """Tokens at the end that do not belong to the prompt."""
-    entry: Stream | None = None
-    """What layer 0 reads, over which the text model makes its rotary tables."""
     tables: dict[int, Tables] = field(default_factory=dict)
     """The rotary tables of each decoder layer so far, over the running stream."""
     layers: list[tuple[Columns, Tensor]] = field(default_factory=list)
@@ -75,7 +74,7 @@ class Forward:
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
         visibility = Visibility(adapter, past.seen, past.seen + length)
-        forward = cls(call, cache, past, stream, visibility, ahead=call.ahead(past.seen + length))
+        forward = cls(call, cache, past, stream, visibility, stream, ahead=call.ahead(past.seen + length))
         forward._plan(batch)
         return forward
 
@@ -101,9 +100,9 @@ class Forward:
         adapter, entered = self.compression.adapter, self.stream
         self.call.check(self.cache, any(map(self.visibility.window, range(len(adapter.layers)))))
         if entered.images:
-            self.stream = entered.observed(self._tower_rows())
+            self.stream = entered.observed(tower_rows(entered.images, self.compression.needs, entered.places.device))
         kwargs, self.call.late = adapter.late_features(kwargs)
-        self.visibility.blocks = self._blocks()
+        self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.places.device)
         embeds = kwargs["inputs_embeds"]
         for number, stage in self._stages(0):
             embeds = self._run(number, stage, embeds)
@@ -117,24 +116,6 @@ class Forward:
             # gapped positions with neither mask nor cache would be taken for packed sequences
             mask = place >= 0 if columns.ragged or self.cache is None else None
         return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
-
-    def _tower_rows(self) -> dict[Need, Tensor]:
-        """What the tower showed about each image: (images, channels, tokens) each."""
-        device = self.stream.places.device
-
-        def padded(need: Need) -> Tensor:
-            rows = [image.image.rows[need].to(device).T for image in self.stream.images]
-            return pad_sequence(rows, batch_first=True).transpose(1, 2)
-
-        return {need: padded(need) for need in self.compression.needs if need.tower}
-
-    def _blocks(self) -> Tensor | None:
-        blocks = None if self.past.seen else self.compression.adapter.blocks(self.call.inputs)
-        if blocks is not None:
-            blocks = blocks.to(self.stream.places.device, copy=True)
-            if self.ahead:  # a guess is no part of the prompt's block, whatever the text model would make of it
-                blocks[:, -self.ahead :] = -1
-        return blocks
 
     def _positions(self, kwargs: dict[str, Any], entered: Stream) -> Tensor:
         """(..., batch, length): the positions of what is left; the original ones, unless a stage renumbers."""
@@ -198,7 +179,7 @@ class Forward:
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
-    @torch.compiler.disable  # compiled layers compute; what happens between them is no part of their graphs
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled layers compute; what happens between them is no part of their graphs
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The whole story of a decoder layer: observe, let the stages choose, and hand on what the layer reads."""
         tables, late = kwargs["position_embeddings"], self.call.late
@@ -219,7 +200,7 @@ class Forward:
         own = {"attention_mask": mask, "position_embeddings": self.tables[layer], "position_ids": None}
         return hidden, {**kwargs, **own}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
@@ -263,10 +244,10 @@ class Forward:
                     for entry, states in enumerate(outputs.hidden_states)
                 )
         if outputs.past_key_values is not None:
-            layers = self.layers or [(self._keys(layer), None) for layer in range(len(self.past.layers))]
+            layers = [columns for columns, _ in self.layers] or list(map(self._keys, range(len(self.past.layers))))
             seen = self.past.seen + self.stream.source.shape[1]
             tail = self.stream.tail if self.stream.images else self.past.tail + self.stream.tail
-            state = replace(self.past, seen=seen, layers=tuple(columns for columns, _ in layers), tail=tail)
+            state = replace(self.past, seen=seen, layers=tuple(layers), tail=tail)
             state.attach(outputs.past_key_values)
         name = "prefill" if self.stream.images else "decode"
         self.past.trace.clock.add(name, self.call.started, self.stream.places.device)

@@ -12,6 +12,7 @@ from functools import cache as memoised
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -68,12 +69,13 @@ class Held:
     def attach(self, cache: Any) -> None:
         """Leave the state on the cache, for the next call."""
         if not isinstance(cache, HeldCache):
-            cache.__class__ = _held(type(cache))
+            kind: Any = type(cache)
+            cache.__class__ = _held(kind)
         cache.vtc = self
 
 
-class HeldCache:
-    """What a cache learns when it holds a pruned prompt.
+class HeldCache(transformers.Cache):
+    """What a cache learns when it holds a pruned prompt: mixed into its own class.
 
     generate() slices the next turn by the length of layer 0: once tokens left before it, that must still be the true
     length, while masks are sized by what the layer holds.
@@ -88,7 +90,7 @@ class HeldCache:
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return held_length(self, layer_idx)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.vtc = self.vtc.rows(beam_idx)
 
@@ -104,11 +106,11 @@ class HeldCache:
     def reset(self) -> None:
         super().reset()
         del self.vtc
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = type(self).__bases__[1]
 
 
 @memoised
-def _held(kind: type) -> type:
+def _held(kind: Any) -> Any:
     return type(kind.__name__, (HeldCache, kind), {})
 
 
@@ -150,8 +152,9 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
     """
     if cache is None:
         raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
-    if type(held := cache.layers[layer]) is not DynamicLayer:
-        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {type(held).__name__}")
+    if (kind := type(cache.layers[layer])) is not DynamicLayer:
+        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
+    held = cache.layers[layer]
     if stays.ndim > now.place.ndim:
         now = now.by_head(stays.shape[1])
     heads = now.place[0].numel() // now.length
@@ -162,7 +165,7 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         everything[..., : before.length].sum(-1).view(-1, heads).cpu() if before.ragged else before.length
     )
     plan = compact.plan(everything.flatten(0, -2), counts.flatten().tolist())
-    batch, every = held.keys.shape[:2]
+    batch, every = now.place.shape[0], held.keys.shape[1]
     index = plan.index.view(batch, heads, -1).expand(-1, every, -1).flatten(0, 1)
     held.keys, held.values = (
         compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, cast, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Shape:
                     f"layers {chosen} must ascend within 1 to {last}: a score is seen in the layer before its own"
                 )
             return chosen
-        found = []
+        found: list[int] = []
         for layer in paper:
             found.append(max(found[-1] + 1 if found else 1, round(layer * self.decoder_layers / of)))
         if found[-1] > last:
@@ -78,6 +78,10 @@ Site = int | Cache
 """Where visual tokens leave: before decoder layer k runs (0: before the decoder), or from the cache of one layer."""
 
 
+Select = Callable[[Tensor, Seen, Tensor], Choice]
+"""Scores, what was seen, and how many of each image are to stay: what becomes of them."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One place where visual tokens leave.
@@ -90,11 +94,12 @@ class Stage:
     site: Site
     score: Callable[[Seen], Tensor]
     needs: tuple[Need, ...] = ()
-    select: Callable[[Tensor, Seen, Tensor], Choice] = field(default=select.top_k)
+    select: Select = field(default=select.top_k)
     contiguous: bool = False
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
 
 
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a subclass is a frozen dataclass with `stages`, and `ratios` if its paper has knobs.
 
@@ -109,7 +114,7 @@ class Method:
     """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
 
     def __post_init__(self) -> None:
-        for name, kind in _kinds(type(self)).items():
+        for name, kind in _kinds(cast(Any, type(self))).items():
             try:
                 kind.validate_python(getattr(self, name))
             except ValidationError as error:
@@ -123,11 +128,10 @@ class Method:
         method = cls()
         for name, value in values.items():
             field_name, _, index = name.partition(".")
+            entries = list(getattr(method, field_name)) if index else []
             if index:
-                entries = list(getattr(method, field_name))
                 entries[int(index)] = value
-                value = tuple(entries)
-            method = replace(method, **{field_name: value})
+            method = replace(method, **{field_name: tuple(entries) if index else value})
         return method
 
     def to_json(self, path: str | Path) -> None:
@@ -169,7 +173,7 @@ class Method:
 
 
 @cache
-def _kinds(method: type[Method]) -> dict[str, TypeAdapter]:
+def _kinds(method: Any) -> dict[str, TypeAdapter]:
     """What each hyper-parameter of a method may be, by its annotation: nothing is converted, and NaN is no number."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     hints = get_type_hints(method, include_extras=True)

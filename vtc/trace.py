@@ -143,7 +143,7 @@ class Trace:
         for number, stage in enumerate(self.stages):
             if not isinstance(stage.site, Cache):
                 counts.append(f"{sum(map(len, self.kept(number)))} from layer {stage.site} on")
-        counts += [f"{float(self.average_tokens.sum()):g} held, averaged over {self.depth} layers"]
+        counts += [f"{float(self.average_tokens.sum()):g} averaged over {self.depth} layers"]
         seconds = [f"{part} {passed:.3f} s" for part, passed in self.seconds.items()]
         images = f"{len(self.sizes)} image{'s' * (len(self.sizes) != 1)}"
         return f"<Trace: {images}; {', '.join(counts)}; {', '.join(seconds)}>"

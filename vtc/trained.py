@@ -63,7 +63,7 @@ class Trained(Method):
             raise ValueError(f"{weights} holds numbers that are not finite: train these modules anew")
         return replace(method, modules=modules.eval().requires_grad_(False))
 
-    def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> Self:
+    def bind(self, model: Any, budget: Budget | None, tokens: int | None) -> Self:
         """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`.
 
         Raises ValueError where there are none for this budget: a BudgetError where it is lower than all that are.

@@ -115,10 +115,8 @@ class Visibility:
     ) -> Tensor:
         """(batch, 1 or heads, queries, keys): the logarithm of each key's weight where it is seen."""
         column, block = self._sight(place if place.ndim == 3 else place[:, None])
-        own, others = (
-            tuple(None if x is None else x[..., part] for x in (column, block))
-            for part in (slice(keys.length - queries, keys.length), handed)
-        )
+        running = slice(keys.length - queries, keys.length)
+        own, others = ((column[..., part], None if block is None else block[..., part]) for part in (running, handed))
         seen = self.sees(layer, _spread(own, -1), _spread(others, -2))
         bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         if keys.weight is not None:

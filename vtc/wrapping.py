@@ -106,7 +106,8 @@ def _inner(model: nn.Module) -> Any:
     """The model itself, inside what PEFT made of it."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("this is what torch.compile returned: wrap the model itself, or compile it by model.compile()")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    peft: Any = model
+    return peft.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class LiveTrace:

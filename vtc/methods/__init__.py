@@ -33,7 +33,7 @@ def list_methods() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def find_method(name: str | Method) -> Method:
+def find_method(name: str | Path | Method) -> Method:
     """The method that a text stands for.
 
     Args:
@@ -48,6 +48,7 @@ def find_method(name: str | Method) -> Method:
 
     if isinstance(name, Method):
         return name
+    name = str(name)
     if name.endswith(".json"):
         settings = read_json(name)
         return _kind(settings.pop("method", None), f"{name}: method is ").described(settings, name)

@@ -115,19 +115,21 @@ class Atp(Trained):
         return tuple(self._stage(number, layer) for number, layer in enumerate(layers))
 
     def _stage(self, number: int, layer: int) -> Stage:
-        own, cross = SelfLogits(layer - 1), TextRow(layer - 1, ahead=False)
+        self_, text = SelfLogits(layer - 1), TextRow(layer - 1, ahead=False)
 
         def parts(seen: Seen) -> tuple[Tensor, Tensor]:
-            return scores.unit(seen[own][:, 0], seen.valid), scores.unit(seen[cross][:, 0], seen.valid)
+            return scores.unit(seen[self_][:, 0], seen.valid), scores.unit(seen[text][:, 0], seen.valid)
 
         def score(seen: Seen) -> Tensor:
-            return sum(parts(seen)) / 2
+            own, cross = parts(seen)
+            return (own + cross) / 2
 
-        return Stage(layer, score, (own, cross), partial(self._select, number, parts))
+        return Stage(layer, score, (self_, text), partial(self._select, number, parts))
 
     def _select(
         self, number: int, parts: Callable[[Seen], tuple[Tensor, Tensor]], redundancy: Tensor, seen: Seen, keep: Tensor
     ) -> Choice:
+        assert self.modules is not None, "bind finds them or raises"
         thresholds = self.modules[number]
         means = torch.stack([scores.mean(part, seen.valid) for part in parts(seen)], dim=1)
         redundant, spatial = (threshold[:, None] for threshold in thresholds(means))

@@ -42,13 +42,15 @@ class ToMe(Method):
             if self.share is None:
                 raise ValueError("tome has no default number of tokens: pass budget=, for example budget=0.25")
             return self
-        if isinstance(budget, int) and tokens is None:
-            raise ValueError(f"images of this model differ in size: give tome a fraction, not {budget} tokens")
-        spent = min(1.0, budget if isinstance(budget, float) else budget / tokens)
+        if isinstance(budget, int):
+            if tokens is None:
+                raise ValueError(f"images of this model differ in size: give tome a fraction, not {budget} tokens")
+            budget = budget / tokens
+        spent = min(1.0, budget)
         return replace(self, share=max(spent, self.share or 0.0))
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        need = MergedPatches(shape.tower_layers - 1, self.share)
+        need = MergedPatches(shape.tower_layers - 1, 1.0 if self.share is None else self.share)
         return (Stage(0, lambda seen: scores.head_mean(seen[need]), (need,)),)
 
     def ratios(self) -> tuple[float, ...] | None:
@@ -165,5 +167,5 @@ def _visible(tower: Tower, crops: int, patches: int) -> Tensor:
     """
     with torch.inference_mode(False), torch.enable_grad():
         values = torch.zeros(crops, patches, 1, requires_grad=True)
-        total = sum(tokens.sum() for tokens in tower.adapter.pack(values, tower.call))
+        total = torch.stack([tokens.sum() for tokens in tower.adapter.pack(values, tower.call)]).sum()
         return torch.autograd.grad(total, values)[0][..., 0] > 0

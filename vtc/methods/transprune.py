@@ -56,7 +56,8 @@ class TransPrune(Method):
         instruction = (TextRow(layer),) if self.alpha < 1 else ()
 
         def score(seen: Seen) -> Tensor:
-            transition = scores.share(sum(seen[need][:, 0] for need in transitions), seen.valid)
+            rows = torch.stack([seen[need][:, 0] for need in transitions])
+            transition = scores.share(rows.sum(0), seen.valid)
             if not instruction:
                 return transition
             return self.alpha * transition + (1 - self.alpha) * scores.share(seen[instruction[0]][:, 0], seen.valid)
@@ -79,13 +80,12 @@ class TokenTransition(Need):
         return adapter.branches(adapter.layers[self.layer])
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        valid = view.alive
-        total = 0
-        for module in ("attention", "feed-forward"):
-            ratio, cosine = change(record[f"{module} in"], record[f"{module} out"])
-            ratio, cosine = view.of_tokens(torch.stack((ratio, cosine), dim=1)).unbind(1)
-            total = total + token_transition(ratio, cosine, valid)
-        return total[:, None]
+        def transition(module: str) -> Tensor:
+            changes = torch.stack(change(record[f"{module} in"], record[f"{module} out"]), dim=1)
+            ratio, cosine = view.of_tokens(changes).unbind(1)
+            return token_transition(ratio, cosine, view.alive)
+
+        return (transition("attention") + transition("feed-forward"))[:, None]
 
 
 def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from operator import mul
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -20,7 +20,7 @@ from vtc.grids import Grid
 from vtc.need import Need
 from vtc.observe import ReceivedAttention, Tower
 from vtc.select import top_k
-from vtc.stage import Layer, Method, Shape, Share, Stage
+from vtc.stage import Layer, Method, Select, Shape, Share, Stage
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class VFlowOpt(Method):
 
         needs = (attention, *entropy)
         sites = (0, *shape.layers(self.layers, 9, 18, of=28))
-        selects = (partial(recycle, cell=self.cell), top_k, top_k)
+        selects: tuple[Select, ...] = (partial(recycle, cell=self.cell), top_k, top_k)
         return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
 
     def ratios(self) -> tuple[float, ...]:
@@ -112,16 +112,11 @@ class PatchEntropy(Need):
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.has_pixels:
             raise ValueError("this method looks at the pixels of patches, which this family packs: set its weight to 0")
-        if adapter.image_processor is None:
-            raise ValueError(
-                "the entropy of patches needs the mean and deviation that pixels were normalised by, and beside this "
-                f"model's checkpoint {adapter.model.config._name_or_path!r} is no image processor: save it there with "
-                "processor.save_pretrained(folder), or set the weight of the entropy to 0"
-            )
+        _processor(adapter)
         return {}
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        pixels, processor = tower.adapter.pixels(tower.call).float(), tower.adapter.image_processor
+        pixels, processor = tower.adapter.pixels(tower.call).float(), _processor(tower.adapter)
         if processor.do_normalize:
             mean, std = (pixels.new_tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
             pixels = pixels * std + mean
@@ -132,6 +127,17 @@ class PatchEntropy(Need):
         )
         entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
         return entropy.softmax(1)[:, None]
+
+
+def _processor(adapter: Adapter) -> Any:
+    """What pixels were normalised by. Raises ValueError where that is not known."""
+    if adapter.image_processor is None:
+        raise ValueError(
+            "the entropy of patches needs the mean and deviation that pixels were normalised by, and beside this "
+            f"model's checkpoint {adapter.model.config._name_or_path!r} is no image processor: save it there with "
+            "processor.save_pretrained(folder), or set the weight of the entropy to 0"
+        )
+    return adapter.image_processor
 
 
 def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Choice:
