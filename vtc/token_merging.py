@@ -39,8 +39,8 @@ def matches(key: Tensor, count: int, protected: int) -> Tensor:
 class MergedPatches(Need):
     """Merges a tower's patches until `share` of them is left before block `layer`, the last that the projector reads.
 
-    The row is how many patches each one stands for, 0 where another one does: (crops, 1, patches). Every block before
-    merges equally many, half of its patches at most. ToMe merges between a block's attention and its feed-forward; here
+    The row is how many patches each one stands for, 0 where another one does, and the number of its group, counted from
+    1 over all crops: (crops, 2, patches). Every block before merges equally many, half of its patches at most. ToMe merges between a block's attention and its feed-forward; here
     it is after both, on the same keys, so that no block's code has to be copied.
     """
 
@@ -79,7 +79,9 @@ class MergedPatches(Need):
         source, size = record["source"], record["size"]
         place = torch.arange(source.shape[1], device=source.device).expand_as(source)
         first = torch.full_like(size, source.shape[1], dtype=torch.long).scatter_reduce(1, source, place, "amin")
-        return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, tower.adapter.has_cls() :]
+        sizes = torch.zeros(source.shape, device=size.device).scatter(1, first, size)
+        number = source + 1 + source.shape[1] * torch.arange(len(source), device=source.device)[:, None]
+        return torch.stack((sizes, number.to(sizes.dtype)), dim=1)[:, :, tower.adapter.has_cls() :]
 
     def _record(self) -> dict[str, Any] | None:
         return None if (record := recording.get()) is None else record.setdefault(self, {})

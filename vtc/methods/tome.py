@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vtc import scores
+from vtc.observe import Seen
+from vtc.select import Selection, top_k
 from vtc.stage import Budget, Method, Shape, Stage
 from vtc.token_merging import MergedPatches
 
@@ -38,7 +41,17 @@ class ToMe(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         need = MergedPatches(shape.tower_layers - 1, self.share)
-        return (Stage(0, lambda seen: scores.head_mean(seen[need]), (need,)),)
+        return (Stage(0, lambda seen: seen[need][:, 0], (need,), partial(_largest, need)),)
 
     def ratios(self) -> tuple[float, ...] | None:
         return None if self.share is None else (self.share,)
+
+
+def _largest(need: MergedPatches, sizes: Tensor, seen: Seen, keep: Tensor) -> Selection:
+    """The largest groups stay, each as the patch that stands for it; the others of a group are merged into that one."""
+    stays, group = top_k(sizes, seen, keep).keep, seen[need][:, 1].long()
+    place = torch.arange(sizes.shape[1], device=sizes.device).expand_as(group)
+    leaders = torch.full((len(sizes), int(group.max()) + 1), -1, device=sizes.device)
+    leaders.scatter_reduce_(1, group, torch.where(stays & seen.valid, place, -1), "amax")
+    leaders[:, 0] = -1  # tokens that are no patch, such as the newlines of anyres
+    return Selection(stays, torch.where(stays, place, leaders.gather(1, group)))
