@@ -1,270 +1,229 @@
-"""The page and its events: `vtc demo`, and the app file of a Hugging Face Space."""
+"""What visitors of the page do, over one model that all share: `vtc demo`, and the app file of a Hugging Face Space."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from html import escape
+from functools import lru_cache
 from pathlib import Path
-from random import randrange
 from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
 
 import vtc
 from vtc import adapter
-from vtc.demo import panels, settings
+from vtc.demo import budgets, examples, link, panels, settings
 from vtc.demo.asking import Asked, HandPicked, Pair, compare
-from vtc.demo.view import data_url, view
-from vtc.eval import scenes
-from vtc.eval.images import MAX_BYTES, open_image
+from vtc.demo.curve import curve
+from vtc.demo.media import Picture, opened
+from vtc.demo.record import hyper_parameters, record
+from vtc.demo.shelf import Shelf, Shown
+from vtc.demo.view import fates, pictures
+from vtc.eval.scenes import Example
+from vtc.eval.images import MAX_BYTES
 from vtc.eval.reader import Reader
-from vtc.stage import average_tokens
-
-try:
-    from spaces import GPU as on_gpu  # Hugging Face lends a GPU for the length of such a call
-except ImportError:
-
-    def on_gpu(function: Callable) -> Callable:
-        return function
-
+from vtc.reselect import reselect
+from vtc.stage import Budget, Method, check_budget
 
 HERE = Path(__file__).parent
 QUESTION = 300
 """Characters of a question."""
-SIDE = 2048
-"""Pixels of the longer side; larger images are scaled down, so that the images of waiting visitors stay bounded."""
 WAITING = 32
 """Visitors in the queue; the next one is told that it is full."""
-EXAMPLES = (0, 3, 5, 7, 10, 17)
-"""Questions of the test split."""
-CHOOSE = """element.addEventListener("click", (event) => {
-    const chosen = event.target.closest("button");
-    if (chosen) trigger("select", { number: Number(chosen.dataset.number) });
-});"""
-MESSAGE = {"duration": 20, "print_exception": False}
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+Uploads = list[dict[str, Any]]
+"""Files as gradio describes them: a path, and the name that the visitor knows."""
+Steps = Iterator[tuple]
+Keep = gr.skip
+"""What stays on the page as it is."""
 
 
 class Inspector:
-    """The page over one model, which all visitors share."""
+    """What the page shows and answers."""
 
     def __init__(self, reader: Reader, name: str):
         self.reader, self.name = reader, name
         self.title = Path(name).name if Path(name).is_dir() else name  # where a folder lies is nobody's business
         self.adapter = adapter.find(reader.model)
-        self.examples = [scenes.example("test", 0, index) for index in EXAMPLES]
+        self.shelf = Shelf()
         device = reader.device
         threads = torch.get_num_threads()
         cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+        self.offered = lru_cache(maxsize=256)(self._offered)
+        self.tokens = self.adapter.tokens_per_image() or budgets.TYPICAL
 
-    def page(self) -> gr.Blocks:
-        """The page, without a server."""
-        with gr.Blocks(title="vtc inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-            gr.HTML(f"<h1>What does the model still see?</h1><p class='hint'>{self._subtitle()}</p>", elem_id="title")
-            with gr.Row(equal_height=False):
-                with gr.Column(scale=4, min_width=320):
-                    self._inputs()
-                with gr.Column(scale=7, min_width=340):
-                    self._outputs()
-            self._events()
-        return demo
+    # -- what visitors ask ----------------------------------------------------------------------------------------
 
-    def _subtitle(self) -> str:
-        return (
-            f"The model {escape(self.title)} answers twice: with all visual tokens, and with those that a method "
-            f"keeps. It runs on {escape(self.device)}."
-        )
+    def ask(self, visitor: str, uploads: Uploads, question: str, percent: float, name: str, values: dict) -> Steps:
+        """Stream both answers: (answers, what the viewer draws, problem), or say what is missing or wrong."""
+        with self._told() as told:
+            method = self.configured(name, values)
+            budget = budgets.nearest(self.offered(method), float(percent)) / 100
+            asked = self.checked(opened(uploads), question, method, budget)
+            yield from self._stream(visitor, uploads, asked)
+        if told:
+            yield self._failed(visitor, told[0])
 
-    def _inputs(self) -> None:
-        self.image = gr.Image(
-            sources=["upload", "clipboard"], format="png", label="Image", height=240, buttons=[], elem_id="image"
-        )
-        self.gallery = gr.HTML(
-            panels.thumbnails([(data_url(scene.image), scene.question) for scene in self.examples]),
-            js_on_load=CHOOSE,
-            elem_id="examples",
-        )
-        self.scene = gr.Button("New scene", size="sm", elem_id="scene")
-        self.question = gr.Textbox(
-            label="Question", placeholder="what color is the circle?", max_length=QUESTION, elem_id="question"
-        )
-        self.method = gr.Dropdown(list(vtc.methods()), value="vtc-cls", label="Method", elem_id="method")
-        note = self.budget_note("vtc-cls", 25)
-        self.budget = gr.Slider(1, 100, 25, step=1, label="Budget in percent", info=note, buttons=[], elem_id="budget")
-        with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
-            self.groups, self.fields = {}, {}
-            for name, method in vtc.methods().items():
-                with gr.Group(visible=name == "vtc-cls") as self.groups[name]:
-                    self.fields[name] = settings.components(method)
-                    if not self.fields[name]:
-                        gr.HTML("<p class='hint'>This method has none.</p>")
-        self.submit = gr.Button("Ask", variant="primary", elem_id="ask")
-
-    def _outputs(self) -> None:
-        self.shown = gr.State(time_to_live=3600)  # (Asked, Pair) of the visitor
-        self.answers = gr.HTML(panels.answers(Pair(), self.device), elem_id="answers")
-        script, template = ((HERE / name).read_text() for name in ("viewer.js", "viewer.html"))
-        self.viewer = gr.HTML(
-            None, html_template=template, js_on_load=script, apply_default_css=False, elem_id="viewer"
-        )
-        self.curve = gr.HTML(self._curve("vtc-cls", None), elem_id="curve")
-
-    def _events(self) -> None:
-        boxes = [box for fields in self.fields.values() for box in fields.values()]
-        asking = [self.image, self.question, self.method, self.budget, *boxes]
-        shown, drawn = [self.answers, self.shown], [self.viewer, self.curve]
-        turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        # unprocessed: gradio would decode an image of any size, and a file that is none would be its own error
-        asks = [self.submit.click, self.question.submit]
-        first = gr.on(asks, on_gpu(self.ask), asking, shown, preprocess=False, api_name="ask", **turn)
-        again = self.viewer.submit(on_gpu(self.ask_again), self.shown, shown, api_visibility="private", **turn)
-        for answered in (first, again):
-            answered.success(self.draw, self.shown, drawn, **quick)
-        # queued: outside of the queue gradio hides what an error says
-        opened = self.image.upload(self.check_image, self.image, None, preprocess=False, **quick | {"queue": True})
-        opened.failure(lambda: None, None, self.image, **quick)
-        self.scene.click(self.new_scene, None, [self.image, self.question], **quick)
-        self.gallery.select(self.example, None, [self.image, self.question], **quick)
-        knobs = [self.method, self.budget]
-        gr.on(
-            [self.budget.change, self.method.change],
-            lambda *chosen: gr.Slider(info=self.budget_note(*chosen)),
-            knobs,
-            self.budget,
-            **quick,
-        )
-        self.method.change(
-            lambda chosen: [gr.Group(visible=name == chosen) for name in self.groups],
-            self.method,
-            list(self.groups.values()),
-            **quick,
-        )
-
-    # -- what visitors do -----------------------------------------------------------------------------------------
-
-    def ask(
-        self, image: dict[str, Any] | None, question: str, method: str, budget: float, *values: Any
-    ) -> Iterator[tuple]:
-        """Stream both answers, or say what is missing or wrong."""
-        with self._told():
-            asked = self._checked(image, question, method, budget, values)
-            yield from self._stream(asked)
-
-    def ask_again(self, shown: tuple[Asked, Pair] | None, event: gr.EventData) -> Iterator[tuple]:
+    def ask_picked(self, visitor: str, picked: list[int]) -> Steps:
         """The same question with the tokens alone that the visitor picked."""
-        with self._told():
-            picked = getattr(event, "keep", [])
+        with self._told() as told:
+            shown = self.shelf.get(visitor)
             if shown is None or not all(type(token) is int and token >= 0 for token in picked):
-                raise ValueError("Ask a question first, then pick patches.")
-            asked = replace(shown[0], method=HandPicked(tuple(sorted(set(picked)))), budget=None)
-            yield from self._stream(asked)
+                raise ValueError("Ask first, then pick patches: the server remembers no answer of this page.")
+            method = HandPicked(tuple(sorted(set(picked))))
+            asked = self.checked(opened(shown.uploads), shown.question, method, None)
+            yield from self._stream(visitor, shown.uploads, asked)
+        if told:
+            yield self._failed(visitor, told[0])
 
-    def draw(self, shown: tuple[Asked, Pair]) -> tuple[dict[str, Any], str]:
-        """The patches, and the curve with its marker."""
-        asked, pair = shown
-        patches = view(asked.image, pair.trace, self.reader.processor.image_processor)
-        return patches, self._curve(asked.method.name, pair.compressed.tokens)
+    def predict(self, uploads: Uploads, question: str, method: str, budget: Budget, values: dict) -> dict[str, Any]:
+        """Both answers as JSON. Raises `gr.Error` that says what is missing or wrong."""
+        with self._told() as told:
+            check_budget(budget)
+            asked = self.checked(opened(uploads), question, self.configured(method, values), budget)
+            *_, pair = compare(self.reader, asked)
+            return record(self.title, self.device, asked, pair, self.truth(asked))
+        raise gr.Error(told[0], print_exception=False)
 
-    def new_scene(self) -> tuple[Image.Image, str]:
-        """An image and a question of the benchmark's test split."""
-        scene = scenes.example("test", 0, randrange(2000))
-        return scene.image, scene.question
-
-    def example(self, event: gr.EventData) -> tuple[Image.Image, str]:
-        """The example that was chosen."""
-        scene = self.examples[event.number]
-        return scene.image, scene.question
-
-    def check_image(self, image: dict[str, Any] | None) -> None:
-        """Say of an upload that cannot be read why."""
-        with self._told():
-            if image:
-                self._opened(image)
-
-    def budget_note(self, method: str, percent: float) -> str:
-        """What the slider means in tokens, or how far the method can go."""
-        tokens = self.adapter.tokens_per_image()
-        if tokens is None:
-            return "Of the image's visual tokens, averaged over the decoder layers."
-        budget, shape = self._fraction(percent), self.adapter.shape()
+    def preview(self, visitor: str, name: str, values: dict[str, Any], percent: float) -> dict[str, Any] | None:
+        """What another budget would keep of the shown answer's tokens; None where the answer is of another method."""
+        shown = self.shelf.get(visitor)
         try:
-            bound = vtc.methods()[method]().bind(self.reader.model, budget, tokens)
-            kept = bound.keep(tokens, budget, shape)
-        except vtc.BudgetError as error:
-            return f"Too low: {method} reaches down to {error.floor:.0%}."
+            method = self.configured(name, values)
+            if shown is None or shown.method != method or shown.budget is None:
+                return None
+            budget = budgets.nearest(self.offered(method), float(percent)) / 100
+        except ValueError:
+            return None  # the slider's note says it
+        if budget == shown.budget:
+            return None
+        try:
+            trace = reselect(shown.trace, method, shown.budget, budget, self.adapter.shape())
         except ValueError as error:
-            return self._public(error)
-        layers = tuple(stage.layer for stage in bound.stages(shape))
-        spent = budget * tokens if bound.adaptive else average_tokens(tokens, kept, layers, shape.decoder_layers)
-        return f"{spent:.0f} of {tokens} visual tokens, averaged over the decoder layers."
+            return {"budget": budget, "reason": self.public(error)}
+        fate = fates(trace)
+        return {"budget": budget, "left": fate["left"], "into": fate["into"]}
 
-    # -- how it is done -------------------------------------------------------------------------------------------
+    # -- what the page says ---------------------------------------------------------------------------------------
 
-    def _checked(
-        self, image: dict[str, Any] | None, question: str, method: str, percent: float, values: tuple
-    ) -> Asked:
+    def configured(self, name: str, values: dict[str, Any]) -> Method:
+        """The method with its hyper-parameters. Raises ValueError for what cannot be."""
+        if name not in vtc.methods():
+            raise ValueError(f"There is no method {name!r}; choose from {', '.join(vtc.methods())}.")
+        return settings.configured(vtc.methods()[name], values)
+
+    def checked(self, shown: tuple[Picture, ...], question: str | None, method: Method, budget: Budget | None) -> Asked:
         """The question as `Asked`. Raises ValueError that says what is missing or wrong."""
-        if not image:
+        if not shown:
             raise ValueError("Choose an image first: upload or paste one, take an example, or press New scene.")
         if not (question := (question or "").strip()):
             raise ValueError("Write a question about the image.")
         if len(question) > QUESTION:
             raise ValueError(f"The question has {len(question)} characters; the limit is {QUESTION}.")
-        if method not in vtc.methods():
-            raise ValueError(f"There is no method {method!r}.")
-        names = [(owner, field) for owner, fields in self.fields.items() for field in fields]
-        given = {field: value for (owner, field), value in zip(names, values, strict=True) if owner == method}
-        chosen = settings.configured(vtc.methods()[method], given)
-        return Asked(self._opened(image), question, chosen, self._fraction(percent))
+        tokenizer = self.reader.processor.tokenizer
+        if found := [token for token in tokenizer.all_special_tokens if token in question]:
+            raise ValueError(f"The question holds {found[0]}, which means something else to this model: leave it out.")
+        return Asked(shown, question, method, budget)
 
-    def _fraction(self, percent: float) -> float:
-        return min(max(float(percent), 1), 100) / 100
+    def unreadable(self, uploads: Uploads) -> str:
+        """Why files cannot be read; "" where they can."""
+        with self._told() as told:
+            opened(uploads)
+        return "".join(told)
 
-    def _opened(self, upload: dict[str, Any]) -> Image.Image:
-        """The upload as an image; errors name the file as the visitor knows it, not where it lies."""
-        path = Path(upload["path"])
-        try:
-            image = open_image(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), upload.get("orig_name") or path.name)) from None
-        image.thumbnail((SIDE, SIDE))
-        return image
+    def truth(self, asked: Asked) -> str | None:
+        """The right answer where this is a question of the benchmark."""
+        scene = self.scene_of(asked.pictures)
+        return scene.answer if scene is not None and scene.question == asked.question else None
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Errors as messages on the page: what a visitor can change in its own words, the rest in the server's log."""
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            raise gr.Error(escape(self._public(error)), **MESSAGE) from None
-        except Exception:
-            logging.getLogger(__name__).exception("a visitor's question failed")
-            message = "The model could not answer this with these settings; the log of the server says why."
-            raise gr.Error(message, **MESSAGE) from None
+    def scene_of(self, shown: tuple[Picture, ...]) -> Example | None:
+        """The benchmark's question that this one picture belongs to; files of scenes carry their number."""
+        return examples.known(shown[0].name, shown[0].image) if len(shown) == 1 else None
 
-    def _public(self, error: Exception) -> str:
-        """What an error says, without where the model lies on this machine."""
-        return str(error).replace(str(Path(self.reader.model.config._name_or_path)), self.title)
+    def _offered(self, method: Method) -> list[int]:
+        return budgets.reachable(self.adapter, method)
 
-    def _stream(self, asked: Asked) -> Iterator[tuple[str, tuple[Asked, Pair]]]:
-        for pair in compare(self.reader, asked):
-            yield panels.answers(pair, self.device), (asked, pair)
-
-    def _curve(self, method: str, tokens: float | None) -> str:
+    def curve(self, method: str, share: float | None) -> str:
+        """The measured curve of this model, or how to make it."""
         if self.name == "reference":
             path = Path(vtc.eval.__file__).parent / "results/scenes/summary.json"
         else:
             path = Path("out/demo", self.title.replace("/", "--"), "summary.json")
         methods = "vtc-cls,fastv,random,uniform"
         command = f"vtc eval --model {self.title} --methods {methods} --out {path.parent}"
-        return panels.curve(path, command, method, tokens)
+        return curve(path, command, method, share)
+
+    def public(self, error: Exception) -> str:
+        """What an error says, without where the model lies on this machine."""
+        return str(error).replace(str(Path(self.reader.model.config._name_or_path)), self.title)
+
+    # -- how it is done -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _told(self) -> Iterator[list[str]]:
+        """Errors as words for the page: what a visitor can change in its own words, the rest in the server's log."""
+        told: list[str] = []
+        try:
+            yield told
+        except (ValueError, TypeError) as error:
+            told.append(self.public(error))
+        except Exception:
+            logging.getLogger(__name__).exception("a visitor's question failed")
+            told.append("The model could not answer this with these settings; the log of the server says why.")
+
+    def _stream(self, visitor: str, uploads: Uploads, asked: Asked) -> Steps:
+        truth = self.truth(asked)
+        for pair in compare(self.reader, asked):
+            self.shelf.drop(visitor)  # what was shown is gone from the page as soon as there is something new
+            if pair.trace is None:
+                yield panels.answers(pair, self.device, asked), Keep(), ""
+        self.shelf.put(visitor, Shown(tuple(uploads), asked.question, asked.method, asked.budget, pair.trace))
+        drawn = {
+            "pictures": pictures(self.reader, asked.pictures, pair.trace),
+            "link": self._link(asked),
+            "record": record(self.title, self.device, asked, pair, truth),
+        }
+        yield panels.answers(pair, self.device, asked, truth), json.dumps(drawn), ""
+
+    def _failed(self, visitor: str, reason: str) -> tuple:
+        """What was shown before stays, to be marked by the page; half an answer goes."""
+        if self.shelf.get(visitor) is None:
+            return panels.answers(Pair(), self.device), None, panels.problem(reason)
+        return Keep(), Keep(), panels.problem(reason)
+
+    def _link(self, asked: Asked) -> str:
+        """What restores this state: the query of an address."""
+        scene = self.scene_of(asked.pictures)
+        picked = asked.method.tokens if isinstance(asked.method, HandPicked) else None
+        values = {} if picked is not None else hyper_parameters(asked.method)
+        names = [picture.name for picture in asked.pictures]
+        return link.query(asked.question, asked.method.name, asked.budget, values, scene, names, picked)
+
+
+def serve(reader: Reader, name: str, host: str | None = None, port: int | None = None) -> tuple[gr.Blocks, str]:
+    """Start the server in threads of its own: the page and its address. Raises OSError where the port is taken."""
+    from vtc.demo.page import build
+
+    page = build(Inspector(reader, name)).queue(max_size=WAITING, default_concurrency_limit=4)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        run_history=False,
+        max_file_size=MAX_BYTES,
+        state_session_capacity=64,
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=("monospace",)),
+        css=(HERE / "page.css").read_text() + (HERE / "viewer.css").read_text(),
+    )
+    return page, address
 
 
 def launch(reader: Reader, name: str, host: str | None = None, port: int | None = None) -> None:
@@ -272,21 +231,7 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
 
     Raises OSError where the port is taken.
     """
-    page = Inspector(reader, name).page().queue(max_size=WAITING, default_concurrency_limit=4)
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        run_history=False,
-        max_file_size=MAX_BYTES,
-        state_session_capacity=100,
-        footer_links=[],
-        ssr_mode=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=("monospace",)),
-        css=(HERE / "page.css").read_text(),
-    )
+    page, address = serve(reader, name, host, port)
     print(f"vtc inspector: {address} (Ctrl-C stops it)", flush=True)
     page.block_thread()
 
