@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
 
 import vtc
 from vtc import adapter
@@ -22,9 +23,9 @@ from vtc.demo.media import Picture, opened
 from vtc.demo.record import hyper_parameters, record
 from vtc.demo.shelf import Shelf, Shown
 from vtc.demo.view import fates, pictures
-from vtc.eval.scenes import Example
 from vtc.eval.images import MAX_BYTES
 from vtc.eval.reader import Reader
+from vtc.eval.scenes import Example
 from vtc.reselect import reselect
 from vtc.stage import Budget, Method, check_budget
 
@@ -59,32 +60,36 @@ class Inspector:
     # -- what visitors ask ----------------------------------------------------------------------------------------
 
     def ask(self, visitor: str, uploads: Uploads, question: str, percent: float, name: str, values: dict) -> Steps:
-        """Stream both answers: (answers, what the viewer draws, problem), or say what is missing or wrong."""
+        """Stream both answers: (answers, what the viewer draws, problem, curve), or say what is missing or wrong."""
         with self._told() as told:
             method = self.configured(name, values)
             budget = budgets.nearest(self.offered(method), float(percent)) / 100
-            asked = self.checked(opened(uploads), question, method, budget)
+            asked = self.checked(self.opened(uploads), question, method, budget)
             yield from self._stream(visitor, uploads, asked)
         if told:
             yield self._failed(visitor, told[0])
 
-    def ask_picked(self, visitor: str, picked: list[int]) -> Steps:
-        """The same question with the tokens alone that the visitor picked."""
+    def ask_picked(self, visitor: str, picked: list[int], behind: str) -> Steps:
+        """The same question with the tokens alone that the visitor picked; the curve of `behind` shows how many."""
         with self._told() as told:
             shown = self.shelf.get(visitor)
             if shown is None or not all(type(token) is int and token >= 0 for token in picked):
                 raise ValueError("Ask first, then pick patches: the server remembers no answer of this page.")
             method = HandPicked(tuple(sorted(set(picked))))
-            asked = self.checked(opened(shown.uploads), shown.question, method, None)
+            asked = self.checked(self.opened(shown.uploads), shown.question, method, None)
             yield from self._stream(visitor, shown.uploads, asked)
+            share = len(method.tokens) / self.tokens
+            yield Keep(), Keep(), Keep(), self.curve(behind, min(share, 1), "picked by hand")
         if told:
             yield self._failed(visitor, told[0])
 
     def predict(self, uploads: Uploads, question: str, method: str, budget: Budget, values: dict) -> dict[str, Any]:
         """Both answers as JSON. Raises `gr.Error` that says what is missing or wrong."""
         with self._told() as told:
+            if not isinstance(values, dict):
+                raise ValueError('settings are hyper-parameters by name, such as {"layers": 2}')
             check_budget(budget)
-            asked = self.checked(opened(uploads), question, self.configured(method, values), budget)
+            asked = self.checked(self.opened(uploads), question, self.configured(method, values), budget)
             *_, pair = compare(self.reader, asked)
             return record(self.title, self.device, asked, pair, self.truth(asked))
         raise gr.Error(told[0], print_exception=False)
@@ -116,6 +121,15 @@ class Inspector:
             raise ValueError(f"There is no method {name!r}; choose from {', '.join(vtc.methods())}.")
         return settings.configured(vtc.methods()[name], values)
 
+    def opened(self, uploads: Uploads) -> tuple[Picture, ...]:
+        """The pictures. Raises ValueError for what is no file that was uploaded to this server."""
+        home = Path(get_upload_folder()).resolve()
+        for upload in uploads:
+            path = upload.get("path") if isinstance(upload, dict) else None
+            if not isinstance(path, str) or not Path(path).resolve().is_relative_to(home):
+                raise ValueError("Images are uploaded files: gradio_client.handle_file makes one.")
+        return opened(uploads)
+
     def checked(self, shown: tuple[Picture, ...], question: str | None, method: Method, budget: Budget | None) -> Asked:
         """The question as `Asked`. Raises ValueError that says what is missing or wrong."""
         if not shown:
@@ -132,7 +146,7 @@ class Inspector:
     def unreadable(self, uploads: Uploads) -> str:
         """Why files cannot be read; "" where they can."""
         with self._told() as told:
-            opened(uploads)
+            self.opened(uploads)
         return "".join(told)
 
     def truth(self, asked: Asked) -> str | None:
@@ -147,7 +161,7 @@ class Inspector:
     def _offered(self, method: Method) -> list[int]:
         return budgets.reachable(self.adapter, method)
 
-    def curve(self, method: str, share: float | None) -> str:
+    def curve(self, method: str, share: float | None, label: str = "this budget") -> str:
         """The measured curve of this model, or how to make it."""
         if self.name == "reference":
             path = Path(vtc.eval.__file__).parent / "results/scenes/summary.json"
@@ -155,7 +169,7 @@ class Inspector:
             path = Path("out/demo", self.title.replace("/", "--"), "summary.json")
         methods = "vtc-cls,fastv,random,uniform"
         command = f"vtc eval --model {self.title} --methods {methods} --out {path.parent}"
-        return curve(path, command, method, share)
+        return curve(path, command, method, share, label)
 
     def public(self, error: Exception) -> str:
         """What an error says, without where the model lies on this machine."""
@@ -180,20 +194,20 @@ class Inspector:
         for pair in compare(self.reader, asked):
             self.shelf.drop(visitor)  # what was shown is gone from the page as soon as there is something new
             if pair.trace is None:
-                yield panels.answers(pair, self.device, asked), Keep(), ""
+                yield panels.answers(pair, self.device, asked), Keep(), "", Keep()
         self.shelf.put(visitor, Shown(tuple(uploads), asked.question, asked.method, asked.budget, pair.trace))
         drawn = {
             "pictures": pictures(self.reader, asked.pictures, pair.trace),
             "link": self._link(asked),
             "record": record(self.title, self.device, asked, pair, truth),
         }
-        yield panels.answers(pair, self.device, asked, truth), json.dumps(drawn), ""
+        yield panels.answers(pair, self.device, asked, truth), json.dumps(drawn), "", Keep()
 
     def _failed(self, visitor: str, reason: str) -> tuple:
         """What was shown before stays, to be marked by the page; half an answer goes."""
         if self.shelf.get(visitor) is None:
-            return panels.answers(Pair(), self.device), None, panels.problem(reason)
-        return Keep(), Keep(), panels.problem(reason)
+            return panels.answers(Pair(), self.device), None, panels.problem(reason), Keep()
+        return Keep(), Keep(), panels.problem(reason), Keep()
 
     def _link(self, asked: Asked) -> str:
         """What restores this state: the query of an address."""

@@ -11,7 +11,7 @@ const comparison = {
     sentence(pinned, current) {
         const first = new Set(pinned), both = current.filter((token) => first.has(token)).length;
         const [there, here] = [pinned.length - both, current.length - both];
-        return `Both keep ${both} tokens; ${there} only the pinned one, ${here} only the current one (orange).`;
+        return `Both keep ${both} tokens; ${there} only the pinned one, ${here} only the current one (pink).`;
     },
 };
 

@@ -13,8 +13,8 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 14, 26, 34
 """Margins, in the picture's own units."""
 
 
-def curve(path: Path, command: str, method: str, share: float | None) -> str:
-    """Accuracy as `vtc eval` measured it, `method` in front, a marker at `share` of an image's tokens.
+def curve(path: Path, command: str, method: str, share: float | None, label: str = "this budget") -> str:
+    """Accuracy as `vtc eval` measured it, `method` in front, a marker with `label` at `share` of the tokens.
 
     Where `path` is missing, `command` is what makes it.
     """
@@ -32,7 +32,7 @@ def curve(path: Path, command: str, method: str, share: float | None) -> str:
     who = f"{escape(method)} in colour, the others in grey" if method in lines else "other methods"
     return (
         f'<figure class="curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="accuracy against visual '
-        f'tokens">{plot.axes()}{plot.references(rows)}{"".join(behind)}{chosen}{plot.mark()}</svg>'
+        f'tokens">{plot.axes()}{plot.references(rows)}{"".join(behind)}{chosen}{plot.mark(label)}</svg>'
         f"<figcaption>Measured accuracy on {full['n']:,} questions of scenes: {who} (point at a line for its name); "
         "band: 95 %.</figcaption></figure>"
     )
@@ -55,8 +55,8 @@ class _Plot:
     def axes(self) -> str:
         floor = HEIGHT - BOTTOM
         across = "".join(
-            f'<text x="{self.x(share * self.most)}" y="{floor + 14}" text-anchor="middle">{share * self.most:.0f}</text>'
-            for share in (0, 0.25, 0.5, 0.75, 1)
+            f'<text x="{self.x(tokens)}" y="{floor + 14}" text-anchor="middle">{tokens:.0f}</text>'
+            for tokens in (share * self.most for share in (0, 0.25, 0.5, 0.75, 1))
         )
         down = "".join(
             f'<text x="{LEFT - 6}" y="{self.y(share) + 4}" text-anchor="end">{share:.0%}</text>'
@@ -99,7 +99,7 @@ class _Plot:
             if row["method"] in labels
         )
 
-    def mark(self) -> str:
+    def mark(self, label: str) -> str:
         """Where the budget sits; its label stands above the plot."""
         if self.marker is None:
             return ""
@@ -107,5 +107,5 @@ class _Plot:
         return (
             f'<g class="marker"><line x1="{x}" x2="{x}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}"/>'
             f'<text x="{x + (4 if right else -4)}" y="{TOP - 12}" text-anchor="{"end" if right else "start"}">'
-            f"this budget: {self.marker * self.most:.3g} tokens</text></g>"
+            f"{label}: {self.marker * self.most:.3g} tokens</text></g>"
         )

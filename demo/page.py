@@ -54,8 +54,8 @@ class Page:
         with gr.Blocks(title="vtc inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             title, device = inspector.title, inspector.device
             gr.Markdown(
-                f"# What does the model still see?\nThe model `{title}` answers twice: with all visual tokens, and with "
-                f"those that a method keeps. It runs on {device}.",
+                f"# What does the model still see?\nThe model `{title}` answers twice: with all visual tokens, and "
+                f"with those that a method keeps. It runs on {device}.",
                 elem_id="title",
             )
             with gr.Row(equal_height=False):
@@ -123,15 +123,16 @@ class Page:
 
     def _events(self) -> None:
         asking = [self.image, self.files, self.question, self.method, self.budget, *self.boxes]
-        knobs, drawn = [self.method, self.budget, *self.boxes], [self.answers, self.viewer, self.problem]
+        knobs, drawn = [self.method, self.budget, *self.boxes], [self.answers, self.viewer, self.problem, self.curve]
         turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
         private = {"api_visibility": "private", "show_progress": "hidden"}
         quick = {"queue": False, **private}
         # unprocessed: gradio would decode an image of any size, and a file that is none would be its own error
         asks = [self.submit.click, self.question.submit]
         gr.on(asks, None, asking, None, js=TELL.format("ask"), **quick)
-        first = gr.on(asks, on_gpu(self._ask), asking, drawn, preprocess=False, api_visibility="private", **turn)
-        again = self.viewer.submit(on_gpu(self._pick), None, drawn, api_visibility="private", **turn)
+        load = {"api_name": "ask", "api_visibility": "undocumented"}  # tests/demo_load.py asks by it
+        first = gr.on(asks, on_gpu(self._ask), asking, drawn, preprocess=False, **load, **turn)
+        again = self.viewer.submit(on_gpu(self._pick), self.method, drawn, api_visibility="private", **turn)
         for answered in (first, again):
             answered.then(None, asking, None, js=TELL.format("answered"), **quick)
         changes = [box.change for box in asking]
@@ -166,8 +167,8 @@ class Page:
         uploads, named = _uploads(image, files), self._named(method, values)
         yield from self.inspector.ask(request.session_hash, uploads, question, budget, method, named)
 
-    def _pick(self, request: gr.Request, event: gr.EventData):
-        yield from self.inspector.ask_picked(request.session_hash, getattr(event, "keep", [None]))
+    def _pick(self, request: gr.Request, event: gr.EventData, method: str):
+        yield from self.inspector.ask_picked(request.session_hash, getattr(event, "keep", [None]), method)
 
     def _predict(
         self,
@@ -182,7 +183,7 @@ class Page:
         `budget` is a share of the visual tokens, averaged over the decoder layers (float in (0, 1]), or a number of
         them (int); `settings` are hyper-parameters of the method by name.
         """
-        uploads = image if isinstance(image, list) else _uploads(image, None)
+        uploads = image if isinstance(image, list) else [image] if image else []
         return self.inspector.predict(uploads, question, method, budget, settings)
 
     def _check(self, image: Any, files: Any):
@@ -232,10 +233,13 @@ class Page:
         method = state.method or FIRST
         given = [image, None, state.question or question, method, state.percent]
         given = [gr.skip() if value is None else value for value in given]
-        names = [(owner, field) for owner, fields in self.fields.items() for field in fields]
-        boxes = [state.values[field] if owner == method and field in state.values else gr.skip() for owner, field in names]
-        own = f"This link was made with an image of its own ({state.image}): add it and press Ask." if state.image else ""
-        return *given, *boxes, panels.problem(own)
+        boxes = [
+            state.values.get(field, gr.skip()) if owner == method else gr.skip()
+            for owner, fields in self.fields.items()
+            for field in fields
+        ]
+        own = f"This link was made with an image of its own ({state.image}): add it and press Ask."
+        return *given, *boxes, panels.problem(own if state.image else "")
 
 
 def _uploads(image: dict[str, Any] | None, files: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

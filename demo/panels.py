@@ -82,7 +82,7 @@ def _setting(asked: Asked | None) -> str:
 
 def setting(budget: int | float | None) -> str:
     """A budget in words."""
-    return f"{budget} tokens" if isinstance(budget, int) else "its own" if budget is None else f"{budget:.0%}"
+    return f"{budget} tokens" if isinstance(budget, int) else "its own" if budget is None else f"{100 * budget:g} %"
 
 
 def _verdict(answer: Answer, truth: str | None, done: bool) -> str:
@@ -108,7 +108,10 @@ def _card(title: str, setting: str, text: str, answer: Answer, done: object, ver
 
 
 def _number(value: float | None, scale: float, unit: str = "") -> str:
-    return "–" if value is None else f"{value * scale:.3g} <small>{unit}</small>"
+    if value is None:
+        return "–"
+    scaled = value * scale
+    return f"{scaled:,.0f} <small>{unit}</small>" if scaled >= 100 else f"{scaled:.3g} <small>{unit}</small>"
 
 
 def _marked(before: str, after: str) -> str:

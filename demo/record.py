@@ -39,9 +39,7 @@ def hyper_parameters(method: Method) -> dict[str, Any]:
     """What a method was set to, as far as it is data."""
     assert is_dataclass(method)
     plain = (bool, int, float, str, tuple, type(None))
-    return {
-        field.name: value for field in fields(method) if isinstance(value := getattr(method, field.name), plain)
-    }
+    return {field.name: value for field in fields(method) if isinstance(value := getattr(method, field.name), plain)}
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

@@ -79,9 +79,10 @@ def sentence(timing: Timing, possible: float) -> str:
     if possible <= 1:
         return "Every visual token stays, so there is nothing to gain."
     if timing.noise is not None and timing.noise > NOISY:
+        runs = max(timing.full, timing.small, key=_spread)
         return (
-            f"Too noisy to tell: runs of the same prefill differ by {timing.noise:.0%}, as this machine does other "
-            f"work. The decoder's arithmetic alone would allow {possible:.1f} times."
+            f"Too noisy to tell: the same prefill took {1e3 * min(runs):.3g} to {1e3 * max(runs):.3g} ms, as this "
+            f"machine does other work. The decoder's arithmetic alone would allow {possible:.1f} times."
         )
     gain = median(timing.full) / median(timing.small)
     runs = f"medians of {len(timing.full)} runs" if len(timing.full) > 1 else "one run"
@@ -93,7 +94,7 @@ def _reason(gain: float, possible: float, vision: float, choosing: float) -> str
     if gain > 0.7 * possible:
         return "The clock follows the arithmetic here."
     if choosing > max(vision, 0.3):
-        return f"Choosing the tokens takes {min(choosing, 1):.0%} of the compressed prefill."
+        return f"Choosing the tokens takes {100 * min(choosing, 1):.0f} % of the compressed prefill."
     if vision > 0.4:
-        return f"The vision tower takes {min(vision, 1):.0%} of the compressed prefill."
+        return f"The vision tower takes {100 * min(vision, 1):.0f} % of the compressed prefill."
     return "A prompt this short leaves the processor idle between launches; larger models and images gain more."

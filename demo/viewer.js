@@ -21,6 +21,8 @@ function show() {
     pending = null;
     play(false);
     find(".viewer").classList.toggle("empty", !result);
+    const root = document.querySelector("#viewer");
+    root.dataset.results = Number(root.dataset.results ?? 0) + 1; // so that one can wait for the next
     if (!result) return stale();
     for (const [name, most, value] of [["layer", result.record.depth - 1, result.record.depth - 1], ["picture", result.pictures.length - 1, 0]]) {
         find(`[name=${name}]`).max = most;
@@ -152,7 +154,7 @@ function play(on) {
         }, 500);
         paint();
     }
-    find(".play").textContent = on ? "⏸" : "▶";
+    find(".play").textContent = on ? "■" : "▶";
     find(".play").setAttribute("aria-label", on ? "Stop" : "Play the layers");
 }
 
@@ -247,8 +249,8 @@ document.addEventListener("vtc:preview", ({ detail }) => {
 
 // On a small screen what is asked for may lie below or above what is seen.
 function look(selector) {
-    const place = document.querySelector(selector), { top, bottom } = place.getBoundingClientRect();
-    if (top < 0 || Math.min(bottom, top + 200) > innerHeight) place.scrollIntoView({ behavior: "smooth", block: "start" });
+    const place = document.querySelector(selector), { top } = place.getBoundingClientRect();
+    if (top < 0 || top > innerHeight / 2) place.scrollIntoView({ behavior: "smooth", block: "start" });
 }
 
 watch("value", show);

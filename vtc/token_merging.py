@@ -40,8 +40,9 @@ class MergedPatches(Need):
     """Merges a tower's patches until `share` of them is left before block `layer`, the last that the projector reads.
 
     The row is how many patches each one stands for, 0 where another one does, and the number of its group, counted from
-    1 over all crops: (crops, 2, patches). Every block before merges equally many, half of its patches at most. ToMe merges between a block's attention and its feed-forward; here
-    it is after both, on the same keys, so that no block's code has to be copied.
+    1 over all crops: (crops, 2, patches). Every block before merges equally many, half of its patches at most. ToMe
+    merges between a block's attention and its feed-forward; here it is after both, on the same keys, so that no
+    block's code has to be copied.
     """
 
     share: float
