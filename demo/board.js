@@ -147,7 +147,7 @@ class Board {
             rect.setAttribute("aria-label", this.describe(token));
             rect.style.setProperty("--group", colour ?? "");
             rect.style.setProperty("--heat", place === null ? "" : heat(1 - (place - 1) / Math.max(1, entered - 1)));
-            if (leads && on) {
+            if (leads) {
                 const [x, y, w, h] = this.cells[token].box;
                 const r = Math.min(w, h) / 6;
                 make("circle", { class: "leader", cx: x + w / 2, cy: y + h / 2, r, fill: colour }, svg);

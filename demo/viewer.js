@@ -42,6 +42,7 @@ function draw() {
     const both = comparison.fits(result);
     current.show(result, picture());
     if (both) beside.show(comparison.pinned, picture());
+    else find(".pinned svg").replaceChildren();
     find(".pinned").hidden = !both;
     find(".boards").classList.toggle("both", both);
     find(".current .caption").textContent = both ? `Current: ${caption(result.record)}` : "";
