@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ QUESTION = 300
 """Characters of a question."""
 WAITING = 32
 """Visitors in the queue; the next one is told that it is full."""
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 Uploads = list[dict[str, Any]]
 """Files as gradio describes them: a path, and the name that the visitor knows."""
@@ -229,7 +232,7 @@ def serve(reader: Reader, name: str, host: str | None = None, port: int | None =
         share=False,
         run_history=False,
         max_file_size=MAX_BYTES,
-        state_session_capacity=64,
+        state_session_capacity=WAITING,
         footer_links=[],
         ssr_mode=False,
         quiet=True,
@@ -245,9 +248,16 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
 
     Raises OSError where the port is taken.
     """
+    _share_freed_memory()
     page, address = serve(reader, name, host, port)
     print(f"vtc inspector: {address} (Ctrl-C stops it)", flush=True)
     page.block_thread()
+
+
+def _share_freed_memory() -> None:
+    """Two pools for all threads: glibc gives each its own, and each would keep the room of a freed picture."""
+    with suppress(OSError, AttributeError):  # another C library has other ways
+        ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 2)
 
 
 if __name__ == "__main__":
