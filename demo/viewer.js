@@ -6,7 +6,7 @@ const HINT = touch
     ? "Tap a patch to read its score and to keep or drop it; tick Brush to paint over many."
     : "Point at a patch to read its score; click, drag over many, or press space to keep or drop.";
 let result = null, picked = null, preview = null, stroke = null, stroked = false, playing = null, linked = false;
-let asked = null, pending = null, now = null; // settings: of the answer, of the question on its way, of the page
+let drawn = null, asked = null, pending = null, now = null; // the value; settings: of the answer, of the question on its way, of the page
 let current = null, beside = null; // boards
 
 const layer = () => Number(find("[name=layer]").value);
@@ -15,7 +15,9 @@ const picture = () => Number(find("[name=picture]").value);
 // -- what is shown ------------------------------------------------------------------------------------------------
 
 function show() {
-    result = JSON.parse(props.value || "null");
+    if (drawn !== null && props.value === drawn) return; // gradio sends the last value of a stream twice
+    drawn = props.value ?? "";
+    result = JSON.parse(drawn || "null");
     [picked, preview] = [null, null];
     asked = pending ?? asked;
     pending = null;
@@ -250,8 +252,9 @@ document.addEventListener("vtc:preview", ({ detail }) => {
 
 // On a small screen what is asked for may lie below or above what is seen.
 function look(selector) {
-    const place = document.querySelector(selector), { top } = place.getBoundingClientRect();
-    if (top < 0 || top > innerHeight / 2) place.scrollIntoView({ behavior: "smooth", block: "start" });
+    const place = document.querySelector(selector), { top, bottom } = place.getBoundingClientRect();
+    if (selector === "#problem" && (top < 0 || bottom > innerHeight)) place.scrollIntoView({ behavior: "smooth", block: "center" });
+    if (selector !== "#problem" && (top < 0 || top > innerHeight / 2)) place.scrollIntoView({ behavior: "smooth", block: "start" });
 }
 
 watch("value", show);

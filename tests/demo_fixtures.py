@@ -9,12 +9,14 @@ from demo_browser import chromium, visitor
 from demo_pages import EXAMPLE, serving
 from playwright.sync_api import Page
 
+from vtc.demo import speed
 from vtc.demo.app import Inspector
 from vtc.eval.reader import Reader, load, model_path
 
 
 @pytest.fixture(scope="session")
 def reader() -> Reader:
+    speed.ROUNDS = 2  # the figures are not what these tests are about
     return load(model_path("reference"), "cpu", max_new_tokens=64)
 
 
