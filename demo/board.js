@@ -1,4 +1,4 @@
-// One drawing of visual tokens over a picture. A result is what app.py sends: pictures, record, link.
+// One drawing of visual tokens over a picture. A result is what inspector.py sends: pictures, record, link.
 const SVG = "http://www.w3.org/2000/svg";
 const GROUPS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]; // Okabe and Ito
 const HEAT = [[0, 32, 77], [124, 123, 120], [255, 234, 70]]; // the ends and the middle of cividis

@@ -1,4 +1,4 @@
-"""The page: its components and their events. What they do is in `app.py`."""
+"""The page: its components and their events. What they do is in `inspector.py`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import gradio as gr
 
 import vtc
 from vtc.demo import budgets, examples, link, panels, settings
-from vtc.demo.app import QUESTION, Inspector
 from vtc.demo.asking import Pair
+from vtc.demo.inspector import QUESTION, Inspector
 from vtc.demo.media import FILMS, data_url
 from vtc.eval import scenes
 
@@ -25,7 +25,7 @@ except ImportError:
 
 
 HERE = Path(__file__).parent
-SCRIPTS = ("board.js", "compare.js", "take.js", "viewer.js")
+SCRIPTS = ("board.js", "compare.js", "hand.js", "take.js", "viewer.js")
 FIRST = "vtc-cls"
 CHOOSE = """element.addEventListener("click", (event) => {
     const chosen = event.target.closest("button");
@@ -98,7 +98,7 @@ class Page:
             list(vtc.methods()), value=FIRST, label="Method", info=panels.described(first), elem_id="method"
         )
         slider, curve = self._budget(FIRST, 25, {})
-        self.budget = gr.Slider(**slider, step=1, label="Budget in percent", buttons=[], elem_id="budget")
+        self.budget = gr.Slider(value=25, **slider, step=1, label="Budget in percent", buttons=[], elem_id="budget")
         self.curve = gr.HTML(curve, elem_id="curve")
         with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
             self.groups, self.fields = {}, {}
@@ -213,13 +213,15 @@ class Page:
             chosen = self.inspector.configured(method, values)
             offered = self.inspector.offered(chosen)
         except ValueError as error:
-            return {"minimum": 1, "maximum": 100, "info": self.inspector.public(error), "value": percent}, (
+            return {"minimum": 1, "maximum": 100, "info": self.inspector.public(error)}, (
                 self.inspector.curve(method, None)
             )
-        percent = budgets.nearest(offered, percent)
-        info = budgets.note(self.inspector.adapter, chosen, percent, offered)
-        share = budgets.spent(self.inspector.adapter, chosen, percent) / self.inspector.tokens
-        slider = {"minimum": offered[0], "maximum": 100, "value": percent, "info": info}
+        near = budgets.nearest(offered, percent)
+        info = budgets.note(self.inspector.adapter, chosen, near, offered)
+        share = budgets.spent(self.inspector.adapter, chosen, near) / self.inspector.tokens
+        slider = {"minimum": offered[0], "maximum": 100, "info": info}
+        if near != percent:  # else it stays the visitor's, who may have moved on
+            slider["value"] = near
         return slider, self.inspector.curve(method, share)
 
     def _restore(self, request: gr.Request):

@@ -10,7 +10,7 @@ from demo_pages import EXAMPLE, serving
 from playwright.sync_api import Page
 
 from vtc.demo import speed
-from vtc.demo.app import Inspector
+from vtc.demo.inspector import Inspector
 from vtc.eval.reader import Reader, load, model_path
 
 
