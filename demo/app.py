@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 WAITING = 32
 """Visitors in the queue; the next one is told that it is full."""
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
-M_ARENA_MAX = -8
+M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 
 
@@ -46,16 +46,16 @@ def launch(reader: Reader, name: str, host: str | None = None, port: int | None 
 
     Raises OSError where the port is taken.
     """
-    _share_freed_memory()
+    _give_pictures_back()
     page, address = serve(reader, name, host, port)
     print(f"vtc inspector: {address} (Ctrl-C stops it)", flush=True)
     page.block_thread()
 
 
-def _share_freed_memory() -> None:
-    """Two pools for all threads: glibc gives each its own, and each would keep the room of a freed picture."""
+def _give_pictures_back() -> None:
+    """Let the memory of a freed picture return to the system: glibc would keep it, for each thread anew."""
     with suppress(OSError, AttributeError):  # another C library has other ways
-        ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 2)
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 if __name__ == "__main__":
