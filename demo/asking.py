@@ -11,31 +11,27 @@ from threading import Lock, Thread
 from typing import ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import vtc
-from vtc import adapter, cost
 from vtc.choice import Choice, Seen
+from vtc.demo import speed
+from vtc.demo.media import Picture
 from vtc.eval.reader import Reader
 from vtc.stage import Budget, Method, Shape, Stage
 
 MODEL = Lock()
 """Held while a visitor's two answers are made: `vtc.compressed` changes the model that all visitors share."""
-ROUNDS = 5
-"""Passes that a prefill is timed by, so that one hiccup of the machine does not make the figure."""
-PATIENCE = 0.5
-"""Seconds after which no further pass is begun."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a visitor asked, checked and bounded."""
 
-    image: Image.Image
+    pictures: tuple[Picture, ...]
     question: str
     method: Method
     budget: Budget | None
@@ -43,13 +39,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer, which grows token by token; the figures follow with the last one."""
+    """One model's answer, which grows token by token; the figures follow when it is complete."""
 
     text: str = ""
     tokens: float | None = None
     """Visual tokens averaged over the decoder layers."""
     prefill: float | None = None
-    """Seconds from the prepared inputs to the first token, the vision tower included."""
+    """Seconds from the prepared inputs to the first token, the vision tower included; the median of several runs."""
     decode: float | None = None
     """Seconds a token after the first; None where there was only one."""
     kv_bytes: int | None = None
@@ -72,7 +68,7 @@ class HandPicked(Method):
 
     tokens: tuple[int, ...]
 
-    name: ClassVar[str] = "hand-picked"
+    name: ClassVar[str] = "picked by hand"
     paper: ClassVar[str] = "chosen in the demo"
     adaptive: ClassVar[bool] = True
 
@@ -86,7 +82,7 @@ class HandPicked(Method):
     def _select(self, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
         sizes = [sum(height * width for height, width in parts) for parts in seen.parts]
         picked = torch.zeros(sum(sizes), dtype=torch.bool)
-        picked[list(self.tokens)] = True
+        picked[[token for token in self.tokens if token < len(picked)]] = True
         return Choice(pad_sequence(picked.split(sizes), batch_first=True).to(seen.valid.device))
 
 
@@ -115,8 +111,14 @@ def compare(reader: Reader, asked: Asked) -> Iterator[Pair]:
         yield step
 
 
+def prompt(reader: Reader, asked: Asked) -> dict[str, Tensor]:
+    """What the model reads: all pictures, then the question."""
+    content = [{"type": "image"} for _ in asked.pictures] + [{"type": "text", "text": asked.question}]
+    return reader.chats([[{"role": "user", "content": content}]], [[picture.image for picture in asked.pictures]])
+
+
 def _compare(reader: Reader, asked: Asked, tell: Callable[[Pair], None]) -> None:
-    inputs = reader.inputs([asked.image], [asked.question])
+    inputs = prompt(reader, asked)
     total = int(reader.visual_tokens(inputs)[0])
     text = inputs["input_ids"].shape[1] - total
     with vtc.compressed(reader.model, asked.method, asked.budget):
@@ -128,33 +130,24 @@ def _compare(reader: Reader, asked: Asked, tell: Callable[[Pair], None]) -> None
         small = _answer(reader, inputs, lambda words: tell(replace(pair, compressed=Answer(words))))
     trace = live.record
     small = replace(small, tokens=float(trace.average_tokens[0]))
-    tell(Pair(pair.full, small, trace, why(reader, pair.full, small, trace, text)))
+    tell(replace(pair, compressed=small))
+    timing = speed.measure(reader, inputs, asked.method, asked.budget)
+    why = speed.sentence(timing, speed.limit(reader, trace, total, text))
+    full, small = replace(pair.full, prefill=median(timing.full)), replace(small, prefill=median(timing.small))
+    tell(Pair(full, small, trace, why))
 
 
 def _answer(reader: Reader, inputs: dict[str, Tensor], tell: Callable[[str], None]) -> Answer:
     """The greedy answer with its seconds and bytes, `tell` given the text after each token."""
-    prefill = _prefill(reader, inputs)
     cache = DynamicCache(config=reader.model.config.get_text_config())
     stopwatch = Stopwatch(reader, tell)
     ids = reader.generate(inputs, max_new_tokens=reader.max_new_tokens, past_key_values=cache, streamer=stopwatch)
     first, *later = stopwatch.times[1:]
     return Answer(
         reader.processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip(),
-        prefill=prefill,
         decode=(later[-1] - first) / len(later) if later else None,
         kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
     )
-
-
-def _prefill(reader: Reader, inputs: dict[str, Tensor]) -> float:
-    """Seconds to the first token: the median of `ROUNDS` passes, or of those that `PATIENCE` allows."""
-    reader.generate(inputs, max_new_tokens=1)  # the first pass pays for allocations
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < ROUNDS and sum(seconds) < PATIENCE):
-        start = time.perf_counter()
-        reader.generate(inputs, max_new_tokens=1).cpu()  # on the CPU, so that the device has finished
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
 
 
 class Stopwatch(BaseStreamer):
@@ -174,22 +167,3 @@ class Stopwatch(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def why(reader: Reader, full: Answer, small: Answer, trace: vtc.Trace, text: int) -> str:
-    """One sentence: what keeps this prefill from being faster, or that nothing does."""
-    if small.tokens == full.tokens:
-        return "Every visual token stays, so there is nothing to gain."
-    config = adapter.find(reader.model).decoder.config
-    possible = cost.speed_up_limit(trace.tokens_per_layer[0].tolist(), int(full.tokens), text, config)
-    gain = full.prefill / small.prefill
-    vision = trace.seconds.get("vision", 0.0) / small.prefill
-    measured = f"Prefill {gain:.1f} times as fast; the decoder's arithmetic alone would allow {possible:.1f}."
-    if gain > 0.7 * possible:
-        return f"{measured} Arithmetic binds here, and the clock follows it."
-    if vision > 0.5:
-        return f"{measured} The vision tower binds: it takes {vision:.0%} of the prefill and always reads all patches."
-    return (
-        f"{measured} Weights and launches bind: a prompt this short leaves the processor idle in between, and the "
-        f"vision tower ({vision:.0%}) reads all patches. Larger models, images and batches gain more."
-    )

@@ -40,6 +40,8 @@ def components(method: type[Method]) -> dict[str, Component]:
 
 def configured(method: type[Method], values: dict[str, Any]) -> Method:
     """The method with what a visitor wrote; empty inputs are defaults. Raises ValueError for what cannot be read."""
+    if unknown := [name for name in values if name not in _typed(method)]:
+        raise ValueError(f"{method.name} has no setting {unknown[0]!r}; it has {', '.join(_typed(method)) or 'none'}")
     given = {}
     for name, (kind, _) in _typed(method).items():
         value = values.get(name)
@@ -62,10 +64,10 @@ def _named(name: str, value: Any) -> list[tuple[str, Any]]:
 def _read(name: str, value: Any, kind: Any) -> Any:
     """What a visitor wrote, as the type of the field."""
     if get_origin(kind) is tuple:
-        return _numbers(name, str(value), kind)
-    if kind in (int, float) and kind(value) == value:
+        return _numbers(name, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value), kind)
+    if kind in (int, float) and type(value) in (int, float) and kind(value) == value:
         return kind(value)
-    if kind is bool or value in get_args(kind):
+    if (kind is bool and isinstance(value, bool)) or value in get_args(kind):
         return value
     raise ValueError(f"{name} cannot be {value!r}")
 

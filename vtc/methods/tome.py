@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 import vtc.compact as compact
 import vtc.merge as merge
-import vtc.scores as scores
 from vtc.adapter import Adapter
+from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.observe import Tower
+from vtc.select import top_k
 from vtc.stage import Budget, Method, Shape, Share, Stage
 
 
@@ -51,10 +52,20 @@ class ToMe(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         need = MergedPatches(shape.tower_layers - 1, 1.0 if self.share is None else self.share)
-        return (Stage(0, lambda seen: scores.head_mean(seen[need]), (need,)),)
+        return (Stage(0, lambda seen: seen[need][:, 0], (need,), functools.partial(_largest, need)),)
 
     def ratios(self) -> tuple[float, ...] | None:
         return None if self.share is None else (self.share,)
+
+
+def _largest(need: MergedPatches, sizes: Tensor, seen: Seen, keep: Tensor) -> Choice:
+    """The largest groups stay, each as the patch that stands for it; the others of a group are merged into that one."""
+    stays, group = top_k(sizes, seen, keep).keep, seen[need][:, 1].long()
+    place = torch.arange(sizes.shape[1], device=sizes.device).expand_as(group)
+    leaders = torch.full((len(sizes), int(group.max()) + 1), -1, device=sizes.device)
+    leaders.scatter_reduce_(1, group, torch.where(stays & seen.valid, place, -1), "amax")
+    leaders[:, 0] = -1  # tokens that are no patch, such as the newlines of anyres
+    return Choice(stays, torch.where(stays, place, leaders.gather(1, group)))
 
 
 def matches(key: Tensor, count: int, protected: int) -> Tensor:
@@ -76,9 +87,10 @@ def matches(key: Tensor, count: int, protected: int) -> Tensor:
 class MergedPatches(Need):
     """Merges a tower's patches until `share` of them is left before block `layer`, the last that the projector reads.
 
-    The row is how many patches each one stands for, 0 where another one does: (crops, 1, patches). Every block before
-    merges equally many, half of its patches at most. ToMe merges between a block's attention and its feed-forward; here
-    it is after both, on the same keys, so that no block's code has to be copied.
+    The row is how many patches each one stands for, 0 where another one does, and the number of its group, counted from
+    1 over all crops: (crops, 2, patches). Every block before merges equally many, half of its patches at most. ToMe
+    merges between a block's attention and its feed-forward; here it is after both, on the same keys, so that no
+    block's code has to be copied.
     """
 
     share: float
@@ -118,7 +130,9 @@ class MergedPatches(Need):
         unseen = torch.nn.functional.pad(~_visible(tower, len(source), length - protected), (protected, 0))
         place = torch.arange(length, device=source.device) + length * unseen.to(source.device)  # the visible come first
         first = torch.full_like(size, 2 * length, dtype=torch.long).scatter_reduce(1, source, place, "amin") % length
-        return torch.zeros(source.shape, device=size.device).scatter(1, first, size)[:, None, protected:]
+        sizes = torch.zeros(source.shape, device=size.device).scatter(1, first, size)
+        number = source + 1 + length * torch.arange(len(source), device=source.device)[:, None]
+        return torch.stack((sizes, number.to(sizes.dtype)), dim=1)[:, :, protected:]
 
     def _weigh(self, block: nn.Module, args: tuple) -> tuple | None:
         """Before a block: each key counts as many times as it has patches."""
