@@ -66,15 +66,14 @@ class Forward:
         holds, whether anything leaves."""
         embeds, cache, compression = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.compression
         (batch, length), device, adapter = embeds.shape[:2], embeds.device, compression.adapter
-        call.started = Clock.now(device)
-        mask, before, real = call.mask(kwargs, cache), None, None
+        call.started, mask, before, real = Clock.now(device), call.mask(kwargs, cache), None, None
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
-        visibility = Visibility(adapter, past.seen, past.seen + length)
-        forward = cls(call, cache, past, stream, visibility, stream, ahead=call.ahead(past.seen + length))
+        visibility, ahead = Visibility(adapter, past.seen, past.seen + length), call.ahead(past.seen + length)
+        forward = cls(call, cache, past, stream, visibility, stream, ahead=ahead)
         forward._plan(batch)
         return forward
 
@@ -100,9 +99,9 @@ class Forward:
         adapter, entered = self.compression.adapter, self.stream
         self.call.check(self.cache, any(map(self.visibility.window, range(len(adapter.layers)))))
         if entered.images:
-            self.stream = entered.observed(tower_rows(entered.images, self.compression.needs, entered.places.device))
+            self.stream = entered.observed(tower_rows(entered.images, self.compression.needs, entered.device))
         kwargs, self.call.late = adapter.late_features(kwargs)
-        self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.places.device)
+        self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.device)
         embeds = kwargs["inputs_embeds"]
         for number, stage in self._stages(0):
             embeds = self._run(number, stage, embeds)
@@ -163,10 +162,10 @@ class Forward:
         if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
             self._note(stage, Choice(stream.valid))
             return None
-        timed, device, seen = self.past.trace.clock.timed, hidden.device, stream.seen(stage.needs)
-        with timed("score", device):
+        clock, device, seen = self.past.trace.clock, hidden.device, stream.seen(stage.needs)
+        with clock.timed("score", device):
             scores = stage.score(seen)
-        with timed("select", device):
+        with clock.timed("select", device):
             choice = by_head(stage.select, scores, seen, torch.tensor(counts, device=device))
         self._note(stage, choice, scores)
         return choice, scores
@@ -223,8 +222,7 @@ class Forward:
 
     def _keys(self, layer: int) -> Columns:
         """The keys that a decoder layer sees: those of the cache, and the running stream."""
-        keys: Columns = self.shared(Columns.then, self.past.layers[layer], self.stream.columns)
-        return keys
+        return self.shared(Columns.then, self.past.layers[layer], self.stream.columns)
 
     def _own(self, columns: Columns) -> bool:
         """Whether a layer gets mask and rotary tables from here instead of the text model's own."""
@@ -245,10 +243,8 @@ class Forward:
                 )
         if outputs.past_key_values is not None:
             layers = [columns for columns, _ in self.layers] or list(map(self._keys, range(len(self.past.layers))))
-            seen = self.past.seen + self.stream.source.shape[1]
-            tail = self.stream.tail if self.stream.images else self.past.tail + self.stream.tail
+            seen, tail = self.visibility.reach, self.stream.tail + (0 if self.stream.images else self.past.tail)
             state = replace(self.past, seen=seen, layers=tuple(layers), tail=tail)
             state.attach(outputs.past_key_values)
-        name = "prefill" if self.stream.images else "decode"
-        self.past.trace.clock.add(name, self.call.started, self.stream.places.device)
+        self.past.trace.clock.add("prefill" if self.stream.images else "decode", self.call.started, self.stream.device)
         self.compression.publish(self.past.trace)

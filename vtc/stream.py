@@ -71,6 +71,10 @@ class Stream:
         return cls(columns, start, tail, source, images, row, places, index, valid, lengths, counts)
 
     @property
+    def device(self) -> torch.device:
+        return self.places.device
+
+    @property
     def length(self) -> int:
         return self.columns.length
 

@@ -22,6 +22,11 @@ class Trained(Method):
     modules: nn.ModuleList | None = field(default=None, compare=False, repr=False, kw_only=True)
     """The trained modules. None: those that lie beside the model's checkpoint, by budget."""
 
+    @property
+    def parts(self) -> int:
+        """How many modules there have to be."""
+        raise NotImplementedError
+
     def built(self, state: dict[str, Tensor]) -> nn.ModuleList:
         """Untrained modules that `state` fits into. Raises KeyError where it cannot be that of this method."""
         raise NotImplementedError
@@ -58,7 +63,9 @@ class Trained(Method):
             modules = method.built(state)
             modules.load_state_dict(state)
         except (SafetensorError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{weights} does not hold the modules of this {cls.name}: {error}") from None
+            raise ValueError(
+                f"{weights} does not hold {method.parts} modules of {cls.name}: {' '.join(str(error).split())}"
+            ) from None
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError(f"{weights} holds numbers that are not finite: train these modules anew")
         return replace(method, modules=modules.eval().requires_grad_(False))

@@ -157,5 +157,9 @@ class Atp(Trained):
         """With new modules for this model, ready for training; `width` is the decoder's."""
         return replace(self, modules=nn.ModuleList(Thresholds(width) for _ in self.stages(shape)))
 
+    @property
+    def parts(self) -> int:
+        return len(self.rates)
+
     def built(self, state: dict[str, Tensor]) -> nn.ModuleList:
         return nn.ModuleList(Thresholds(state["0.mix.bias"].numel()) for _ in self.rates)
