@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
@@ -225,12 +226,20 @@ def register(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-def find(model: HfModule) -> Adapter:
-    """The adapter for `model`, by `config.model_type`. Raises a TypeError that names the known families."""
+@functools.cache
+def _load_families() -> None:
+    """Import the files of `integrations/`, and what other packages name in the entry-point group `vtc.integrations`."""
     import vtc.integrations
 
     for module in pkgutil.iter_modules(vtc.integrations.__path__):
         importlib.import_module(f"vtc.integrations.{module.name}")
+    for entry in entry_points(group="vtc.integrations"):
+        entry.load()
+
+
+def find(model: HfModule) -> Adapter:
+    """The adapter for `model`, by `config.model_type`. Raises a TypeError that names the known families."""
+    _load_families()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in ADAPTERS:
         raise TypeError(
