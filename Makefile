@@ -1,5 +1,5 @@
 # make curve   accuracy against visual-token budget of the shipped model: table, out/curve/curve.png
-# make test    lint, format and tests
+# make test    lint, format, types and tests
 # make clean   remove the environment, caches and results
 #
 # Both build .venv when it is missing or older than pyproject.toml or constraints.txt, and reuse it otherwise.
@@ -19,6 +19,7 @@ curve: $(READY)
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
