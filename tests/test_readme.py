@@ -1,6 +1,7 @@
 """What the texts tell a reader to type: Python blocks run, commands parse, links lead somewhere, all methods and
 families are named, and nothing installs the stranger's package `vtc`."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "demo/README.md",
-    *(f"docs/{x.name}" for x in (ROOT / "docs").glob("*.md")),
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
 )
 RUNNABLE = [page for page in PAGES if page != "docs/write-your-own.md"]
 """But for the page that test_outside.py runs, once its package is installed."""
@@ -89,6 +90,16 @@ def test_commands_parse(page):
             refuse_unknown(call, whole=True)
     for span in re.findall(r"`(vtc [^`]*)`", (ROOT / page).read_text()):
         refuse_unknown(*commands(span), whole=False)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_to_be_run_is_there(page):
+    """Modules behind `-m`, and files of this repository behind `python` and `bash`."""
+    text = (ROOT / page).read_text()
+    for module in re.findall(r"-m (vtc[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"(?:python|bash) ((?:tests|eval)/[\w./]+)", text):
+        assert (ROOT / file).is_file(), file
 
 
 def test_the_pages_show_commands():
