@@ -83,7 +83,7 @@ def refuse_unknown(arguments: list[str], whole: bool) -> None:
         command.make_context(name, list(arguments))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # that one also says what was
 def test_commands_parse(page):
     for block in blocks(page):
         for call in commands(block):
