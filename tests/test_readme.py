@@ -142,6 +142,13 @@ def test_the_readme_names_all_methods_and_the_table_all_families():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*FAMILIES]
 
 
+def test_contributing_names_all_rooms():
+    library = Path(vtc.__file__).parent
+    rooms = {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {name for row in table for name in re.findall(r"`(\w+)/?`", row)} == rooms - {"__init__", "__main__"}
+
+
 # -- the name to install by -----------------------------------------------------------------------------------------
 
 STRANGER = re.compile(r"""install[^\n&;|]*?[\s'"]vtc(?![\w./-])|\bvtc\[[a-z]|\bvtc @ |\bvtc-\d|version\("vtc"\)""")
