@@ -1,20 +1,27 @@
 # make curve   accuracy against visual-token budget of the shipped model: table, out/curve/curve.png
+# make quick   lint, and the promises for three families: a plain one, one with windows, one with prefix blocks
 # make test    lint, format, types and tests
 # make clean   remove the environment, caches and results
 #
-# Both build .venv when it is missing or older than pyproject.toml or constraints.txt, and reuse it otherwise.
+# They build .venv when it is missing or older than pyproject.toml or constraints.txt, and reuse it otherwise.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 CURVE_FLAGS ?=
+QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two-)
 
-.PHONY: curve test clean
+.PHONY: curve quick test clean
 
 curve: $(READY)
 	$(PY) -m vtc.cli eval --model reference --methods vtc-cls,fastv,random,uniform,smaller-image \
 		--budgets 0.5,0.25,0.11 --limit 1000 --out out/curve $(CURVE_FLAGS)
+
+quick: $(READY)
+	$(PY) -m ruff check .
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -k '$(QUICK)' \
+		tests/test_promises.py tests/test_families.py tests/test_generation.py tests/test_cache_site.py tests/test_weights.py
 
 test: $(READY)
 	$(PY) -m ruff check .

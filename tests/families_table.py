@@ -1,4 +1,4 @@
-"""The README's table of families, from the tests' results: `python tests/families_table.py`.
+"""The table of docs/families.md, from the tests' results: `python tests/families_table.py`.
 
 Runs the behaviour table and prints Markdown. A cell is "yes" where all of its tests pass, "no" where one fails, and "-"
 where the family has no such thing or transformers itself cannot do it (the tests say why they skip).

@@ -1,34 +1,152 @@
-"""What the texts tell a reader to type: every Python block runs, and nothing installs the stranger's package `vtc`."""
+"""What the texts tell a reader to type: Python blocks run, commands parse, links lead somewhere, all methods and
+families are named, and nothing installs the stranger's package `vtc`."""
 
+import importlib.util
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import typer
+from models import FAMILIES
 
 import vtc
-from vtc import install
+from vtc import cli, install
 from vtc.eval import scenes
 from vtc.eval.reference import PATH
+from vtc.methods import described
 
 ROOT = Path(__file__).parents[1]
-OURS = ("vtc", "eval", "demo", "integrations", "tests")
+OURS = ("vtc", "eval", "demo", "integrations", "tests", "docs")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "demo/README.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+)
+RUNNABLE = [page for page in PAGES if page != "docs/write-your-own.md"]
+"""But for the page that test_outside.py runs, once its package is installed."""
 
 
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str = "") -> list[str]:
+    """The fenced blocks of a page; without a language those of commands."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
-def test_the_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if "```python" in (ROOT / page).read_text()])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In order, as one program, on the shipped model in the place of public checkpoints, beside a scene.png."""
-    blocks = python_blocks((ROOT / "README.md").read_text())
-    assert len(blocks) >= 2
     scenes.example("test", 0, 0).image.save(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     names = {}
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(blocks(page, "python")):
         local = re.sub(r'"[\w.-]+-hf/[\w.-]+"', repr(str(PATH)), block)
-        exec(compile(local, f"README.md, Python block {number}", "exec"), names)
+        exec(compile(local, f"{page}, Python block {number}", "exec"), names)
+
+
+def test_the_readme_is_short_and_has_a_program():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert "vtc.wrap(" in "".join(blocks("README.md", "python"))
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each call of `vtc` in lines of shell: alone, behind `-m`, or within `$( )`."""
+    text = re.sub(r"\\\n", " ", text)
+    text = re.sub(r"\$\((.*?)\)", r"X\n\1\n", text)  # what is called within a line gets a line of its own
+    calls = []
+    for part in re.split(r"\n|&&|;", text):
+        words = shlex.split(part, comments=True)
+        if words[:1] == ["vtc"]:
+            calls.append(words[1:])
+        elif "-m" in words and words[words.index("-m") + 1] == "vtc":
+            calls.append(words[words.index("-m") + 2 :])
+    return calls
+
+
+def refuse_unknown(arguments: list[str], whole: bool) -> None:
+    """Raises for a command or an option that does not exist; of a `whole` call also for what is missing or too much."""
+    command, name = typer.main.get_command(cli.app), "vtc"
+    while arguments and arguments[0] in getattr(command, "commands", ()):
+        command, name = command.commands[arguments[0]], arguments[0]
+        arguments = arguments[1:]
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    unknown = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in known]
+    assert not unknown, f"vtc {name} has no {unknown}"
+    assert not hasattr(command, "commands") or {*arguments} <= known, f"vtc has no {arguments}"
+    if whole and not hasattr(command, "commands"):
+        command.make_context(name, list(arguments))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # that one also says what was
+def test_commands_parse(page):
+    for block in blocks(page):
+        for call in commands(block):
+            refuse_unknown(call, whole=True)
+    for span in re.findall(r"`(vtc [^`]*)`", (ROOT / page).read_text()):
+        refuse_unknown(*commands(span), whole=False)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_to_be_run_is_there(page):
+    """Modules behind `-m`, and files of this repository behind `python` and `bash`."""
+    text = (ROOT / page).read_text()
+    for module in re.findall(r"-m (vtc[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"(?:python|bash) ((?:tests|eval)/[\w./]+)", text):
+        assert (ROOT / file).is_file(), file
+
+
+def test_the_pages_show_commands():
+    shown = [call for page in PAGES for block in blocks(page) for call in commands(block)]
+    assert {"ask", "bench", "demo", "eval", "scene", "tune", "train"} <= {call[0] for call in shown}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [(["eval", "--method", "random"], False), (["evaluate"], False), (["scene"], True), (["ask", "a", "b", "c"], True)],
+)
+def test_what_does_not_parse_is_found(arguments, whole):
+    with pytest.raises(Exception, match=r"has no|Missing|unexpected"):
+        refuse_unknown(arguments, whole)
+
+
+def test_calls_are_found_wherever_they_stand():
+    text = "a=1 torchrun -m vtc eval --out x # vtc no\nb $(vtc tasks) \\\n  c && vtc demo; pip install vtc-cls\n"
+    assert commands(text) == [["eval", "--out", "x"], ["tasks"], ["demo"]]
+
+
+# -- what is named --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_the_readme_names_all_methods_and_the_table_all_families():
+    text = (ROOT / "README.md").read_text()
+    assert {*re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)} == {*described(), "smaller-image"}
+    table = (ROOT / "docs" / "families.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*FAMILIES]
+
+
+def test_contributing_names_all_rooms():
+    library = Path(vtc.__file__).parent
+    rooms = {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {name for row in table for name in re.findall(r"`(\w+)/?`", row)} == rooms - {"__init__", "__main__"}
 
 
 # -- the name to install by -----------------------------------------------------------------------------------------
