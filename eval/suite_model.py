@@ -33,13 +33,13 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import vtc
 from vtc.cost import kv_bytes
-from vtc.eval import arguments
-from vtc.eval.folder import Store
+from vtc.eval import arguments, progress
+from vtc.eval.folder import Store, key_of
 from vtc.eval.reader import Chat, load, model_path, pick_device
+from vtc.eval.rows import Asked, Reply
 
 Document = tuple[Chat, list[Image.Image]]
 """A conversation, and the images in it in the order of their mention."""
@@ -131,7 +131,7 @@ class Vtc(lmms):
             pixels={k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None},
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
-        self.replies: Store | None = None
+        self.replies: Store[Reply] | None = None
         self.failed: dict[tuple[str, int], str] = {}
         """What kept questions, by task and number, from being asked; only noted where there is a store of replies."""
         self.taken: list[tuple[str, Measured]] = []
@@ -194,10 +194,10 @@ class Vtc(lmms):
     def _all(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         found: dict[int, GenerationResult] = {}
         start = time.perf_counter()
-        with tqdm(total=len(requests), desc=f"{self.arm[0]} {self.arm[1]}", disable=self.rank != 0) as bar:
+        with progress.bar(f"{self.arm[0]} {self.arm[1]}", len(requests), shown=self.rank == 0) as tick:
             for rows in _batches(requests, self.batch_size):
                 found |= zip(rows, self._known_or_asked([requests[row] for row in rows], answers), strict=True)
-                bar.update(len(rows))
+                tick(len(rows))
         self.seconds += time.perf_counter() - start
         ordered = [found[row] for row in range(len(requests))]
         self.taken += [
@@ -210,9 +210,9 @@ class Vtc(lmms):
     def _known_or_asked(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         if self.replies is None:
             return answers(requests)
-        missing = {self._key(request): request for request in requests}
-        missing = [request for key, request in missing.items() if key not in self.replies.lines]
-        new = {
+        asked = {self._key(request): request for request in requests}
+        missing = [request for key, request in asked.items() if key not in self.replies.lines]
+        new: dict[str, Reply] = {
             self._key(request): {
                 **self._identity(request),
                 "prediction": reply.text,
@@ -230,13 +230,13 @@ class Vtc(lmms):
         *_, number, task, _ = request.args
         return task, number
 
-    def _identity(self, request: Instance) -> dict[str, Any]:
+    def _identity(self, request: Instance) -> Asked:
         task, number = self._where(request)
         choice = f"/{request.idx}" if request.request_type == "loglikelihood" else ""
         return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}{choice}"}
 
     def _key(self, request: Instance) -> str:
-        return json.dumps(list(self._identity(request).values()))
+        return key_of(self._identity(request))
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,8 @@ class Vtc(lmms):
 
     def _each(self, requests: list[Instance], asked: Any, instead: Any) -> list[GenerationResult]:
         """What `asked(requests, documents)` gives for each; `instead` of it for a question that cannot be asked."""
-        documents, replies = {}, {}
+        documents: dict[int, Document] = {}
+        replies: dict[int, GenerationResult] = {}
         for row, request in enumerate(requests):
             with self._noting(request):
                 documents[row] = self._document(request)
@@ -452,12 +453,12 @@ def _check_processes(several: bool) -> None:
 
 def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
     """A task's messages as chat templates take them, and the images in them."""
-    messages = ChatMessages(messages=messages)
-    images, videos, sounds = messages.extract_media()
+    given = ChatMessages(messages=messages)
+    images, videos, sounds = given.extract_media()
     if videos or sounds:
         raise NotImplementedError("vtc reads images and text, no video and no sound")
     opened = [Image.open(image) if isinstance(image, (str, Path)) else image for image in images]
-    return messages.to_hf_messages(), opened
+    return given.to_hf_messages(), opened
 
 
 def folder_name(model_args: str) -> str:
