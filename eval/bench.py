@@ -100,7 +100,7 @@ class Case:
 @torch.inference_mode()
 def bench(
     model: torch.nn.Module,
-    arms: Sequence[tuple[str | vtc.Method, vtc.stage.Budget]],
+    arms: Sequence[tuple[str | vtc.Method, vtc.Budget]],
     case: Case,
     step: Step = lambda text: None,
 ) -> list[Row]:

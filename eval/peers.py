@@ -106,14 +106,14 @@ def _run(model: nn.Module, method: str, budget: vtc.Budget, inputs: dict[str, Te
     return found
 
 
-Read = Callable[[vtc.observe.Need, Tensor], None]
+Read = Callable[[vtc.Need, Tensor], None]
 
 
 def _reader(model: nn.Module, inputs: dict[str, Tensor], scores: dict[int, Tensor]) -> Read:
     """What puts a layer's scores (batch, tokens), out of its (batch, heads, queries, keys) matrix, into `scores`."""
     cls, visual = model.vtc.adapter.has_cls(), inputs["input_ids"] == model.vtc.adapter.image_token_id
 
-    def read(need: vtc.observe.Need, matrix: Tensor) -> None:
+    def read(need: vtc.Need, matrix: Tensor) -> None:
         matrix = matrix.mean(1)
         if not need.tower:
             scores[need.layer] = matrix[:, -1][visual].view(len(visual), -1)
@@ -143,7 +143,7 @@ def output_attentions(model: nn.Module, read: Read) -> Iterator[None]:
 def run_again(model: nn.Module, read: Read) -> Iterator[None]:
     """The attention of the layers that are read runs a second time, eagerly, after its own kernel."""
 
-    def again(need: vtc.observe.Need):
+    def again(need: vtc.Need):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
             kernel = module.config._attn_implementation
             module.config._attn_implementation = "eager"
@@ -162,12 +162,12 @@ WAYS = {"output_attentions": output_attentions, "run again": run_again}
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: Callable[[vtc.observe.Need], Callable]) -> Iterator[None]:
+def _hooked(model: nn.Module, hook: Callable[[vtc.Need], Callable]) -> Iterator[None]:
     """`hook` of each need of the wrapped method, on the attention of its layer."""
     blocks = {True: model.vtc.adapter.tower_blocks(), False: model.vtc.adapter.layers}
     handles = [
         blocks[need.tower][need.layer].self_attn.register_forward_hook(hook(need), with_kwargs=True)
-        for need in model.vtc.needs
+        for need in model.vtc.compression.needs
     ]
     try:
         yield

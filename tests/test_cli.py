@@ -11,8 +11,8 @@ from eval_fixtures import run_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image, ImageChops
 
 import vtc
-from vtc import cli
-from vtc.cli import parse_budget, parse_budgets
+from vtc.cli import pictures
+from vtc.cli.arguments import parse_budget, parse_budgets
 from vtc.eval import scenes
 from vtc.eval.ask import Answer
 from vtc.methods import described
@@ -211,7 +211,7 @@ def test_stdout_is_the_answer_and_stderr_all_else(tiny, tmp_path):  # noqa: F811
 
 
 def test_an_empty_answer_is_said(capsys):
-    cli._print_answers({"vtc-cls, 4": Answer("", 16, 4.0, torch.arange(4), 0.1)})
+    pictures._print_answers({"vtc-cls, 4": Answer("", 16, 4.0, torch.arange(4), 0.1)})
     assert capsys.readouterr().out == "(no answer)\n"
 
 

@@ -222,7 +222,7 @@ def test_the_peers_ways_are_materialised(way, method):
         expected = model(**inputs).logits
         with peers.WAYS[way](model, matrices.__setitem__):
             out = model(**inputs)
-        assert list(matrices) == list(model.vtc.needs)
+        assert list(matrices) == list(model.vtc.compression.needs)
     assert all(matrix.ndim == 4 and matrix.shape[2] == matrix.shape[3] > 36 for matrix in matrices.values())
     torch.testing.assert_close(out.logits, expected)
 
