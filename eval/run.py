@@ -212,6 +212,10 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
 
 
 def _check(settings: Settings) -> None:
+    known = (*vtc.list_methods(), SMALLER)
+    for method in settings.methods:
+        if method not in (*known, *report.ALWAYS) and method.replace("-", "").isalnum():  # no file, no module:Class
+            raise ValueError(f"unknown method {method!r}; vtc knows {', '.join(known)}")
     check_methods([method for method in settings.methods if method != SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -30,11 +30,17 @@ class Uneven(Method):
     name: ClassVar[str] = "uneven"
     paper: ClassVar[str] = "for measurements only"
     adaptive: ClassVar[bool] = True
+    share: float = 1.0
+    """The budget: adaptive methods are not told how many tokens to keep."""
+
+    def bind(self, model: nn.Module, budget: vtc.Budget | None, tokens: int | None) -> Uneven:
+        return replace(self, share=budget)
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         def select(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
             rank = torch.arange(1, len(keep) + 1, device=keep.device)
-            return top_k(scores, seen, (2 * keep * rank // len(keep)).clamp(min=1))
+            uneven = 2 * self.share * seen.valid.sum(1) * rank / len(keep)
+            return top_k(scores, seen, uneven.long().clamp(min=1))
 
         return (Stage(0, lambda seen: torch.zeros(seen.valid.shape, device=seen.valid.device), (), select),)
 
