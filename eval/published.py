@@ -75,7 +75,7 @@ def table(benchmark: str, rows: list[Row]) -> Table | None:
     from rich.table import Table
 
     values = [report.factor(row) * report.shown(row).value for row in rows]
-    lines = [
+    lines: list[tuple[str, str, str, float, float | None, str]] = [
         ("this run", row["method"], f"{row['tokens']:.1f}", value, values[0], "")
         for row, value in zip(rows, values, strict=True)
     ]

@@ -130,7 +130,7 @@ def _reached(
     """Each question with its prediction and its visual tokens, and the arm as it was run: at the image's floor where
     the budget is out of reach, which depends on the image's size."""
     try:
-        answers = _answer(reader, arm, inputs)
+        predictions, counts = _answer(reader, arm, inputs)
     except vtc.BudgetError as error:
         sizes = reader.visual_tokens(inputs).tolist()
         if len(set(sizes)) == 1:
@@ -140,8 +140,8 @@ def _reached(
             alike = [example for example, tokens in zip(batch, sizes, strict=True) if tokens == size]
             yield from _reached(reader, arm, alike, _inputs(reader, alike, suffix), suffix)
         return
-    for example, *answer in zip(batch, *answers, strict=True):
-        yield arm, example, *answer
+    for example, prediction, count in zip(batch, predictions, counts, strict=True):
+        yield arm, example, prediction, count
 
 
 def _inputs(reader: Reader, batch: list[Example], suffix: str) -> dict[str, Tensor]:

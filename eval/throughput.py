@@ -124,10 +124,11 @@ def compare(
         f"{count} questions about one image, {new_tokens} tokens each": questions(model, budget, count, new_tokens),
         f"{count} images that keep different counts, first token": uneven(model, budget, count),
     }
-    return {
-        case: measure(model, work, rounds, lambda text, case=case: step(f"{case}: {text}"))
-        for case, work in cases.items()
-    }
+    found = {}
+    for case, work in cases.items():
+        step(case)
+        found[case] = measure(model, work, rounds, step)
+    return found
 
 
 def table(case: str, seconds: Seconds, count: int, title: str) -> Table:

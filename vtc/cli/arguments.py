@@ -48,7 +48,8 @@ def split(text: str) -> tuple[str, ...]:
 
 def refuse(context: typer.Context, *names: str, why: str) -> None:
     """Refuse what the command would not read, by the names of its parameters, where it was typed all the same."""
-    typed = [name for name in names if context.get_parameter_source(name).name == "COMMANDLINE"]
+    sources = {name: context.get_parameter_source(name) for name in names}
+    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if typed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
         raise typer.BadParameter(f"{options}: {why}")
