@@ -98,6 +98,7 @@ def test_tasks_of_a_folder(data, tmp_path):
         ({"tasks": ("mmvet", "pope")}, "mmvet needs a judge's key in OPENAI_API_KEY"),
         ({"methods": ("smaller-image",)}, "smaller-image.*it is for scenes"),
         ({"gen_kwargs": "num_return_sequences=3"}, "takes no num_return_sequences"),
+        ({"tasks": ("seedbench_ppl",), "gen_kwargs": "max_new_tokens=3"}, "nothing is generated for seedbench_ppl"),
     ],
 )
 def test_refused_before_the_first_answer(data, tmp_path, monkeypatch, change, match):
