@@ -56,7 +56,7 @@ def _llava(text: hf.PreTrainedConfig) -> hf.LlavaConfig:
     return hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**CLIP_L_336),
         text_config=text,
-        image_token_id=text.vocab_size - 1,
+        image_token_index=text.vocab_size - 1,
         image_seq_length=576,
     )
 

@@ -66,7 +66,7 @@ class Measured(TokenCounts):
     def total(cls, counts: Sequence[Measured]) -> Measured:
         """Of several rounds together."""
         sums = {f.name: [getattr(c, f.name) for c in counts if getattr(c, f.name) is not None] for f in fields(cls)}
-        totals = {name: sum(values) if values else None for name, values in sums.items()}
+        totals: dict[str, Any] = {name: sum(values) if values else None for name, values in sums.items()}
         return cls(**{**totals, "at_floor": bool(totals["at_floor"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,13 +123,14 @@ class Vtc(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
         _check_processes(several)
+        kernel: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         self.reader = load(
             model_path(pretrained),
             device_map or (str(self.accelerator.device) if several else device),
             dtype=dtype,
             revision=None if revision is None else str(revision),  # lmms-eval reads a commit of digits as a number
             pixels={k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None},
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+            **kernel,
         )
         self.replies: Store[Reply] | None = None
         self.failed: dict[tuple[str, int], str] = {}
@@ -157,7 +158,7 @@ class Vtc(lmms):
 
     def use(self, method: str | vtc.Method, budget: int | float | None) -> None:
         """Answer with this method and budget from now on."""
-        self.arm = str(method), budget
+        self.arm: tuple[str, Any] = str(method), budget
         vtc.wrap(self.reader.model, method, budget)
 
     # -- what lmms-eval calls ---------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ class Vtc(lmms):
 
     def _at_floor(self, floor: float, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict:
         """Images of other sizes have other floors: a budget that is out of reach for one is not for all."""
-        given = self.reader.model.vtc
+        given = self.reader.model.vtc.compression
         vtc.wrap(self.reader.model, given.method, floor)
         try:
             replies = self._together(requests, documents, rows, asked)

@@ -177,7 +177,7 @@ def test_unknown_methods_name_the_known(tmp_path):
 
 def test_without_lmms_eval_the_way_to_install_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
-    with pytest.raises(ImportError, match=r"vtc\[lmms-eval-lean\].*--no-deps lmms-eval==0\.7\.3"):
+    with pytest.raises(ImportError, match=r"visual-token-compression\[lmms-eval-lean\].*--no-deps lmms-eval==0\.7\.3"):
         suites.evaluate(SETTINGS, tmp_path)
 
 

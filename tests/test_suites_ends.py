@@ -111,7 +111,9 @@ def test_refused_before_the_first_answer(data, tmp_path, monkeypatch, change, ma
 
 def test_packages_that_a_task_needs_are_named_first(data, tmp_path, monkeypatch):
     monkeypatch.setattr(field, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"mmbench_en_dev_static needs openpyxl: pip install 'vtc\[suites\]'"):
+    with pytest.raises(
+        ValueError, match=r"mmbench_en_dev_static needs openpyxl: pip install 'visual-token-compression\[suites\]'"
+    ):
         suites.evaluate(replace(SMALL, tasks=("pope", "mmbench_en_dev_static")), tmp_path, dry_run=True)
 
 
