@@ -237,7 +237,7 @@ def test_each_image_is_decided_by_itself(data, tmp_path, monkeypatch):
     assert [count.at_floor for count in counts] == [floor > 8.5 for floor in floors] == [True, False]
     assert counts[0].visual_tokens == pytest.approx(floors[0])
     assert counts[1].visual_tokens == pytest.approx(8, abs=0.5)
-    assert model.reader.model.vtc.budget == 8
+    assert model.reader.model.vtc.compression.budget == 8
 
 
 # -- damaged files --------------------------------------------------------------------------------------------------
