@@ -32,8 +32,8 @@ def generation(asked: Mapping[str, Any]) -> dict[str, Any]:
     Greedy unless there is a temperature or `do_sample`. Raises ValueError for what `generate` does not take.
     """
     asked = {name: value for name, value in asked.items() if value is not None and name not in ELSEWHERE}
-    stops = [asked.pop(name) for name in STOPS if name in asked]
-    stops = [stop for given in stops for stop in ([given] if isinstance(given, str) else given)]
+    given = [asked.pop(name) for name in STOPS if name in asked]
+    stops = [stop for one in given for stop in ([one] if isinstance(one, str) else one)]
     if unknown := sorted(set(asked) - set(DECODING)):
         raise ValueError(f"generation takes no {', '.join(unknown)}; it takes {', '.join((*sorted(DECODING), *STOPS))}")
     sampled = asked.pop("do_sample", asked.get("temperature", 0) > 0) and asked.get("temperature", 1) > 0
@@ -41,8 +41,8 @@ def generation(asked: Mapping[str, Any]) -> dict[str, Any]:
     options = {**length, "num_beams": 1, **{k: v for k, v in asked.items() if sampled or k not in SAMPLING}}
     if sampled:
         options["do_sample"] = True
-    if stops := tuple(stop for stop in dict.fromkeys(stops) if stop and stop != NOT_A_STOP):
-        options["until"] = stops
+    if until := tuple(stop for stop in dict.fromkeys(stops) if stop and stop != NOT_A_STOP):
+        options["until"] = until
     return options
 
 

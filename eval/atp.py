@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import vtc
 from vtc.call import answering
-from vtc.eval import scenes
+from vtc.eval import progress, scenes
 from vtc.eval.reader import Reader, load, model_path
 from vtc.methods.atp import Atp
 from vtc.trace import Trace
@@ -64,9 +63,7 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
         method.modules, torch.optim.AdamW(method.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     )
     done = _resume(out, recipe, modules, optimizer)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        task = progress.add_task(f"atp at {recipe.budget:g}", total=recipe.steps, completed=done)
+    with progress.bar(f"atp at {recipe.budget:g}", recipe.steps, done) as tick:
         for step in range(done, recipe.steps):
             sharpness = method.sharpness * (recipe.sharpest / method.sharpness) ** (step / max(1, recipe.steps - 1))
             soft = replace(method, sharpness=sharpness, modules=modules.train())
@@ -74,7 +71,7 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
-            progress.update(task, advance=1, description=f"atp at {recipe.budget:g}: average {average:.3f}")
+            tick(say=f"atp at {recipe.budget:g}: average {average:.3f}")
             if (step + 1) % 50 == 0:
                 _save(out, recipe, modules, optimizer, step + 1)
     trained = replace(method, modules=accelerator.unwrap_model(modules).eval())

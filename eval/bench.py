@@ -12,11 +12,11 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from rich.table import Table
@@ -41,6 +41,46 @@ NOISE = 0.2
 """Where a ratio of seconds ranges over the rounds by more than this share of itself, nothing is concluded from it."""
 Step = Callable[[str], None]
 """Told what begins, in words."""
+Parts = dict[str, float]
+"""Seconds or bytes, by names of `PARTS` or `OWN`."""
+Ends = tuple[float, float]
+"""The least and the greatest of a ratio over the rounds."""
+
+
+class Tokens(TypedDict):
+    full: int
+    """Visual tokens of the image."""
+    average: float
+    """Of these, what a decoder layer reads under the method, averaged over the layers."""
+    last: int
+    """What the last layer reads."""
+    text: int
+
+
+class Ranges(TypedDict):
+    gain: dict[str, Ends]
+    """Full to pruned, by part."""
+    possible: dict[str, Ends]
+    """Full to natively short, by part."""
+
+
+class Row(TypedDict):
+    """A method at a budget: medians over the rounds."""
+
+    method: str
+    budget: vtc.Budget
+    tokens: Tokens
+    full: Parts
+    pruned: Parts
+    limit: Parts
+    """Of natively short prompts."""
+    range: Ranges
+    own: Parts
+    """What compression itself took."""
+    noisy: list[str]
+    """Parts of which nothing is concluded: their ratios range by more than `NOISE`."""
+    binds: str
+    """What keeps the first token from coming sooner, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +100,12 @@ class Case:
 @torch.inference_mode()
 def bench(
     model: torch.nn.Module,
-    arms: Sequence[tuple[str | vtc.Method, vtc.stage.Budget]],
+    arms: Sequence[tuple[str | vtc.Method, vtc.Budget]],
     case: Case,
     step: Step = lambda text: None,
-) -> list[dict[str, Any]]:
-    """For each (method, budget): medians over rounds for the full, the pruned and the natively short model.
-
-    One row an arm: {"method", "budget", "tokens", "full", "pruned", "limit", "range", "own", "noisy", "binds"}. "full",
-    "pruned" and "limit" hold seconds or bytes by the names of `PARTS`, "own" seconds by those of `OWN`. "range" holds
-    the least and the greatest ratio over the rounds: "gain" (full to pruned) and "possible" (full to limit) by part.
-    "noisy" lists the parts whose ratios differ between the rounds by more than `NOISE`. In a round all take turns.
+) -> list[Row]:
+    """One row for each (method, budget), from rounds in which the full, the pruned and the natively short model take
+    turns.
     """
     if case.compiled:
         _compile(adapter.find(model).layers)
@@ -85,11 +121,11 @@ def bench(
     for number, ((method, budget), layers) in enumerate(zip(arms, counts, strict=True)):
         pruned = _median([runs["pruned", number] for runs in rounds])
         limits = [_limit(runs["full"], [runs[n + text] for n in layers]) for runs in rounds]
-        ranges = {
+        ranges: Ranges = {
             "gain": _ranges([(runs["full"], runs["pruned", number]) for runs in rounds]),
             "possible": _ranges([(runs["full"], limit) for runs, limit in zip(rounds, limits, strict=True)]),
         }
-        row = {
+        row: Row = {
             "method": method if isinstance(method, str) else method.name,
             "budget": budget,
             "tokens": {"full": total, "average": statistics.mean(layers), "last": layers[-1], "text": text},
@@ -99,8 +135,10 @@ def bench(
             "range": ranges,
             "own": {part: pruned.get(part, 0.0) for part in OWN},
             "noisy": noisy(ranges),
+            "binds": "",
         }
-        rows.append({**row, "binds": what_binds(model, row, layers)})
+        row["binds"] = what_binds(model, row, layers)
+        rows.append(row)
     return rows
 
 
@@ -110,7 +148,7 @@ def _tokens_per_layer(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tens
     return trace.tokens_per_layer[0].tolist()
 
 
-Work = Callable[[], dict[str, float]]
+Work = Callable[[], Parts]
 
 
 def _works(
@@ -118,28 +156,29 @@ def _works(
 ) -> dict[Any, Work]:
     """What takes turns: "full", ("pruned", number of the arm), and for natively short prompts their length."""
 
-    def pruned(arm: tuple) -> dict[str, float]:
+    def pruned(arm: tuple) -> Parts:
         with vtc.compressed(model, *arm) as trace:
             return _run(model, inputs, case) | {part: trace.seconds.get(part, 0.0) for part in OWN}
 
-    def short(length: int) -> dict[str, float]:
+    def short(length: int) -> Parts:
         ids = torch.full((case.batch, length), 2, device=model.device)
         return _run(model, {"input_ids": ids}, case)
 
-    works = {"full": lambda: _run(model, inputs, case)}
+    works: dict[Any, Work] = {"full": lambda: _run(model, inputs, case)}
     works |= {("pruned", number): functools.partial(pruned, arm) for number, arm in enumerate(arms)}
     return works | {length: functools.partial(short, length) for length in sorted(lengths)}
 
 
-def take_turns(works: dict[Any, Work], rounds: int, step: Step) -> list[dict[Any, dict[str, float]]]:
+def take_turns(works: Mapping[Any, Work], rounds: int, step: Step) -> list[dict[Any, Parts]]:
     """What each work returns in each round, after a round that warms up.
 
     Each round has an order of its own: what ran just before tells in caches and in the allocator. `step` hears how far
     it is and, once every work has run, how long the rest will take: as long as each took when it ran last.
     """
-    found, last = [], {}
+    found: list[dict[Any, Parts]] = []
+    last: dict[Any, float] = {}
     for number in range(rounds + 1):
-        results = {}
+        results: dict[Any, Parts] = {}
         for name in random.Random(number).sample([*works], len(works)):
             at = f"round {number} of {rounds}" if number else "warming up"
             left = sum(last.get(work, 0) for work in works if work not in results) + (rounds - number) * sum(
@@ -153,7 +192,7 @@ def take_turns(works: dict[Any, Work], rounds: int, step: Step) -> list[dict[Any
     return found[1:]
 
 
-def _ranges(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, tuple[float, float]]:
+def _ranges(pairs: list[tuple[Parts, Parts]]) -> dict[str, Ends]:
     """The least and the greatest ratio of each part that both have."""
     ratios = {part: [one[part] / other[part] for one, other in pairs] for part in PARTS if part in pairs[0][1]}
     return {part: (min(found), max(found)) for part, found in ratios.items()}
@@ -164,17 +203,18 @@ def wide(low: float, high: float) -> bool:
     return high - low > NOISE * (low + high) / 2
 
 
-def noisy(ranges: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
+def noisy(ranges: Ranges) -> list[str]:
     """The parts with a ratio of seconds whose range over the rounds is too wide."""
     seconds = [part for part in PARTS if not part.endswith("bytes")]
-    return [part for part in seconds if any(part in kind and wide(*kind[part]) for kind in ranges.values())]
+    kinds = ranges["gain"], ranges["possible"]
+    return [part for part in seconds if any(part in kind and wide(*kind[part]) for kind in kinds)]
 
 
-def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+def _median(runs: list[Parts]) -> Parts:
     return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
 
 
-def _limit(full: dict[str, float], short: list[dict[str, float]]) -> dict[str, float]:
+def _limit(full: Parts, short: list[Parts]) -> Parts:
     """The vision tower of the full model before a decoder whose every layer reads its own natively short prompt."""
     mean = {part: statistics.mean(layer[part] for layer in short) for part in ("prefill", "decode", "kv_bytes")}
     return {"vision": full["vision"], **mean, "first": full["vision"] + mean["prefill"]}
@@ -187,16 +227,16 @@ def _compile(layers: Sequence[torch.nn.Module]) -> None:
         layer.compile()
 
 
-def _run(model: torch.nn.Module, inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
+def _run(model: torch.nn.Module, inputs: dict[str, Tensor], case: Case) -> Parts:
     """`_once`, after what a compiled model needs to warm up."""
     for _ in range(2 * case.compiled):  # wrapping makes the compiler look again, first at these lengths, then at any
         _once(model, inputs, case.new_tokens)
     return _once(model, inputs, case.new_tokens)
 
 
-def _once(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
+def _once(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> Parts:
     """One prompt to its last token: the parts that `PARTS` names."""
-    vision = []
+    vision: list[float] = []
     reset_peak(model.device)
     with _timed_vision(model, vision):
         first, out = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model)
@@ -257,14 +297,14 @@ def peak_bytes(device: torch.device) -> int | None:
     if not RESET_PEAK.exists():
         return None
     high = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(high[1]) * 1024
+    return int(high[1]) * 1024 if high else None
 
 
 RESET_PEAK = Path("/proc/self/clear_refs")
 """Linux: writing 5 makes the peak resident size start anew (proc(5))."""
 
 
-def what_binds(model: torch.nn.Module, row: dict[str, Any], layers: Sequence[int]) -> str:
+def what_binds(model: torch.nn.Module, row: Row, layers: Sequence[int]) -> str:
     """One sentence: what keeps the first token from coming sooner, and what would help."""
     full, limit, tokens = row["full"], row["limit"], row["tokens"]
     vision = limit["vision"] / limit["first"]
@@ -284,7 +324,7 @@ def what_binds(model: torch.nn.Module, row: dict[str, Any], layers: Sequence[int
     )
 
 
-def table(row: dict[str, Any], title: str) -> Table:
+def table(row: Row, title: str) -> Table:
     """Each part: full, pruned, their ratio, the ratio that was possible, both with their range over the rounds, and how
     much of it was reached, or that the rounds differ too much to say."""
     full, pruned, limit, ranges = row["full"], row["pruned"], row["limit"], row["range"]
@@ -307,13 +347,13 @@ def table(row: dict[str, Any], title: str) -> Table:
     return grid
 
 
-def ratio(median: float, ends: tuple[float, float]) -> str:
+def ratio(median: float, ends: Ends) -> str:
     """1.63x, and on the next line its range over the rounds: 1.61–1.65."""
     low, high = (f"{end:.2f}" for end in ends)
     return f"{median:.2f}x" + (f"\n{low}–{high}" if low != high else "")
 
 
-def caption(row: dict[str, Any]) -> list[str]:
+def caption(row: Row) -> list[str]:
     """What the ratios mean, what compression itself costs, and what binds, or why that cannot be said."""
     pruned, limit = row["pruned"], row["limit"]
     own = ", ".join(f"{part} {1e3 * seconds:.2f} ms" for part, seconds in row["own"].items())
@@ -337,7 +377,7 @@ def caption(row: dict[str, Any]) -> list[str]:
     return lines if "first" in row["noisy"] or "prefill" in row["noisy"] else [*lines, row["binds"]]
 
 
-def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def picture(rows: list[Row], path: Path, title: str) -> None:
     """The time to the first token, in parts, of the full model and of each arm, with a mark where the limit is."""
     from matplotlib.figure import Figure
 

@@ -8,49 +8,68 @@ dies soon as the best tokens are deleted first, and when it comes soon as they a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 
 import vtc
+from vtc.eval import progress
 from vtc.eval.reader import Reader
 from vtc.eval.run import check_methods
+
+if TYPE_CHECKING:
+    from vtc.eval.scenes import Example
 
 STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Shares of the tokens that are deleted or inserted."""
 
 
-def faithfulness(reader: Reader, examples: Sequence[Any], methods: Sequence[str | vtc.Method]) -> list[dict[str, Any]]:
-    """One row a method: {"method", "spearman", "deletion", "insertion", "n"}, means over the examples.
+class Row(TypedDict):
+    """A method's means over `n` questions.
 
     Deletion (lower is better) and insertion (higher is better) are areas under the answer's probability over the share
-    of tokens. Raises ValueError for unknown methods and for one that has no score map.
+    of tokens.
+    """
+
+    method: str
+    spearman: float
+    deletion: float
+    insertion: float
+    n: int
+
+
+def faithfulness(
+    reader: Reader, examples: Sequence[Example], methods: Sequence[str | vtc.Method], bar: bool = False
+) -> list[Row]:
+    """One row a method, means over the examples; with `bar` stderr shows how far it is.
+
+    Raises ValueError for unknown methods and for one that has no score map.
     """
     check_methods([method for method in methods if isinstance(method, str)])
     totals: dict[str, list[tuple[float, float, float]]] = {}
-    for example in track(examples, description="occluding", console=Console(stderr=True)):
-        inputs = reader.inputs([example.image], [example.question])
-        places = (inputs["input_ids"][0] == reader.model.config.image_token_id).nonzero()[:, 0]
-        target = _next_log_probabilities(reader, inputs, torch.ones(1, len(places), dtype=torch.bool), places).argmax()
-        loss = -_answer(reader, inputs, ~torch.eye(len(places), dtype=torch.bool), places, target)
-        for method in methods:
-            scores = _score_map(reader, inputs, method)
-            areas = _areas(reader, inputs, scores, places, target)
-            name = method if isinstance(method, str) else method.name
-            totals.setdefault(name, []).append((spearmanr(scores, loss.cpu()).statistic, *areas))
-    return [
-        {"method": name, **dict(zip(("spearman", "deletion", "insertion"), _means(rows), strict=True)), "n": len(rows)}
-        for name, rows in totals.items()
-    ]
+    with progress.bar("occluding", len(examples), shown=bar) as tick:
+        for example in examples:
+            inputs = reader.inputs([example.image], [example.question])
+            places = (inputs["input_ids"][0] == reader.model.config.image_token_id).nonzero()[:, 0]
+            all_tokens = torch.ones(1, len(places), dtype=torch.bool)
+            target = _next_log_probabilities(reader, inputs, all_tokens, places).argmax()
+            loss = -_answer(reader, inputs, ~torch.eye(len(places), dtype=torch.bool), places, target)
+            for method in methods:
+                scores = _score_map(reader, inputs, method)
+                areas = _areas(reader, inputs, scores, places, target)
+                name = method if isinstance(method, str) else method.name
+                totals.setdefault(name, []).append((spearmanr(scores, loss.cpu()).statistic, *areas))
+            tick()
+    return [_row(name, found) for name, found in totals.items()]
 
 
-def _means(rows: list[tuple[float, float, float]]) -> list[float]:
-    return torch.tensor(rows, dtype=torch.float64).nan_to_num().mean(0).tolist()  # a constant map ranks nothing
+def _row(method: str, found: list[tuple[float, float, float]]) -> Row:
+    values = torch.tensor(found, dtype=torch.float64).nan_to_num()  # a constant map ranks nothing
+    spearman, deletion, insertion = values.mean(0).tolist()
+    return {"method": method, "spearman": spearman, "deletion": deletion, "insertion": insertion, "n": len(found)}
 
 
 def _score_map(reader: Reader, inputs: dict[str, Tensor], method: str | vtc.Method) -> Tensor:
@@ -98,13 +117,12 @@ def _next_log_probabilities(reader: Reader, inputs: dict[str, Tensor], visible: 
     return logits[:, -1].float().log_softmax(-1)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """The rows for the terminal."""
     result = Table(title="score maps against occlusion", caption="deletion: lower is better; the others: higher")
     for column in ("method", "spearman", "deletion", "insertion", "n"):
         result.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        result.add_row(
-            row["method"], *(f"{row[name]:.3f}" for name in ("spearman", "deletion", "insertion")), str(row["n"])
-        )
+        values = (row["spearman"], row["deletion"], row["insertion"])
+        result.add_row(row["method"], *(f"{value:.3f}" for value in values), str(row["n"]))
     return result

@@ -11,20 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 import vtc
 from vtc.adapter import find
+from vtc.eval.rows import Asked
+
+Kept = TypeVar("Kept", bound=Asked)
 
 
-class Store:
-    """The result lines of one run in a file: append-only, flushed a batch at a time."""
+class Store(Generic[Kept]):
+    """The lines of one run in a file, by `key_of`: append-only, flushed a batch at a time."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines: dict[str, dict[str, Any]] = {}
+        self.lines: dict[str, Kept] = {}
         if self.path.exists():
             self._read()
 
@@ -37,21 +40,26 @@ class Store:
             try:
                 line = json.loads(text)
                 json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
-                self.lines[_key(line)] = line
+                self.lines[key_of(line)] = line
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
 
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        new = [line for line in lines if _key(line) not in self.lines]
+    def add(self, lines: Sequence[Kept]) -> None:
+        new = [line for line in lines if key_of(line) not in self.lines]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
             file.flush()
             os.fsync(file.fileno())
-        self.lines.update((_key(line), line) for line in new)
+        self.lines.update((key_of(line), line) for line in new)
 
 
-def _key(line: dict[str, Any]) -> str:
-    return json.dumps([line["method"], line["budget"], line["question_id"]])
+def key(method: str, budget: vtc.Budget, question_id: str) -> str:
+    """What a line is found by: JSON tells 1 token from 1.0 of the tokens."""
+    return json.dumps([method, budget, question_id])
+
+
+def key_of(line: Asked) -> str:
+    return key(line["method"], line["budget"], line["question_id"])
 
 
 def configuration(settings: Any, path: str, device: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -76,7 +84,16 @@ def configuration(settings: Any, path: str, device: str, digests: Mapping[str, s
     }
 
 
-def method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.Budget]) -> str:
+def method_digests(
+    model: nn.Module, methods: Mapping[str, str | vtc.Method], budgets: Sequence[vtc.Budget]
+) -> dict[str, str]:
+    """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
+    return {
+        f"method {name}": _method_digest(model, vtc.find_method(method), budgets) for name, method in methods.items()
+    }
+
+
+def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.Budget]) -> str:
     """Tells two states of a method apart: its hyper-parameters, and the trained parts that it finds for this model.
 
     A budget below what was trained for is bound at the floor, as it will be run.
@@ -115,7 +132,7 @@ def _source_digest() -> str:
     harness = ("run", "folder", "reader", "scenes", "suites", "suite_model", "arguments")
     files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
     digest = hashlib.sha256()
-    for file in sorted(files - {library / "cli.py"}):
+    for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -136,24 +153,30 @@ def git_commit() -> str | None:
 
 
 def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> None:
-    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another.
+    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another."""
+    if check(out, config, restart, results):
+        return
+    for file in list(out.glob(results)):
+        file.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", config)
+
+
+def check(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> bool:
+    """Whether the run `config` goes on in `out`; nothing is written. Raises ValueError where `out` holds another run.
 
     `results` is the name, or the pattern of the names, of the files that tell that something was run there.
     """
-    found, settings = list(out.glob(results)), out / "config.json"
-    if restart:
-        for file in found:
-            file.unlink()
-    elif found:
-        differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
-        if differing:
-            raise ValueError(
-                f"{out} holds another run ({'; '.join(differing)}): "
-                "choose another --out to keep it, or start over with --restart"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config)
+    if restart or not any(out.glob(results)):
+        return False
+    settings = out / "config.json"
+    differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
+    if differing:
+        raise ValueError(
+            f"{out} holds another run ({'; '.join(differing)}): "
+            "choose another --out to keep it, or start over with --restart"
+        )
+    return True
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ for model in llava-qwen2-0.5b llava-1.5-7b; do # where launches bind
         --new-tokens 32 --rounds 3 --out "$out/$model-compiled"
 done
 for batch in 1 8; do
-    "$vtc" bench --peers --model llava-1.5-7b --budgets 64 --batch $batch --device cuda --dtype bfloat16 \
+    "$vtc" peers --model llava-1.5-7b --budgets 64 --batch $batch --device cuda --dtype bfloat16 \
         --out "$out/peers-$batch"
 done
-"$python" -m vtc.eval.throughput --model llava-1.5-7b --device cuda --dtype bfloat16 --out "$out/throughput.json"
+"$vtc" throughput --model llava-1.5-7b --device cuda --dtype bfloat16 --out "$out"

@@ -14,6 +14,8 @@ from vtc.eval import report
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vtc.eval.rows import Row
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -38,7 +40,7 @@ def figures() -> tuple[Figure, ...]:
     return tuple(figure for table in tables for figure in _of(table))
 
 
-def _of(table: dict) -> Iterator[Figure]:
+def _of(table: dict[str, Any]) -> Iterator[Figure]:
     full = next((row["values"] for row in table["rows"] if row["method"] == "full"), None)
     for row in table["rows"]:
         for column, (benchmark, value) in enumerate(zip(table["benchmarks"], row["values"], strict=True)):
@@ -65,15 +67,15 @@ def points(benchmark: str, checkpoint: str, percent: bool = True) -> list[tuple[
     return [(f.method, f.tokens, f.value / whole) for f in same if f.unit in units and f.tokens]
 
 
-def table(benchmark: str, rows: list[dict[str, Any]]) -> Table | None:
+def table(benchmark: str, rows: list[Row]) -> Table | None:
     """Summary rows of a run beside what papers say about its methods there; None where they say nothing.
 
     Both by the benchmark's own metric. Papers ran other checkpoints: compare "% of full".
     """
     from rich.table import Table
 
-    values = [report.factor(row) * row[report.shown(row)] for row in rows]
-    lines = [
+    values = [report.factor(row) * report.shown(row).value for row in rows]
+    lines: list[tuple[str, str, str, float, float | None, str]] = [
         ("this run", row["method"], f"{row['tokens']:.1f}", value, values[0], "")
         for row, value in zip(rows, values, strict=True)
     ]

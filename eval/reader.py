@@ -165,6 +165,7 @@ def load(
         OSError: (from transformers) `path` is neither a model folder nor a hub id that can be reached.
         ValueError: a damaged weights file; a dtype that is none; `pixels` for a processor that does not read them.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vtc.eval.measure import Own
+    from vtc.eval.rows import Group, Line, Row
+    from vtc.stage import Budget
 
 RESAMPLES = 2000
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
@@ -51,10 +53,8 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(
-    groups: Sequence[tuple[str, int | float, bool, list[dict[str, Any]]]], seed: int, own: Own | None = None
-) -> list[dict[str, Any]]:
-    """Summary rows of (method, budget, reachable, lines) groups; all lines are over the same questions in one order.
+def summarise(groups: Sequence[Group], seed: int, own: Own | None = None) -> list[Row]:
+    """Summary rows; the lines of all groups are over the same questions in one order.
 
     With `own`, a benchmark's own metric, rows have that too, and "versus_random" is of it. Where lines have no score
     of single questions ("correct" is None) there is no accuracy.
@@ -67,7 +67,7 @@ def summarise(
     rows = []
     for i, (method, budget, reachable, lines) in enumerate(groups):
         low, high = interval(draws[:, i])
-        row = {
+        row: Row = {
             "method": method,
             "budget": budget,
             "tokens": float(np.mean([line["tokens"] for line in lines])),
@@ -88,7 +88,7 @@ def summarise(
             row["versus_random"] = float(values[i] - values[j])
             row["versus_random_low"], row["versus_random_high"] = interval(compared[:, i] - compared[:, j])
         if own is not None:
-            row |= {"metric": own.metric, "percent": own.percent, "value": float(own.values[i])}
+            row["metric"], row["percent"], row["value"] = own.metric, own.percent, float(own.values[i])
             row["value_low"], row["value_high"] = interval(own.draws[:, i])
         rows.append(row)
     return rows
@@ -98,34 +98,57 @@ def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def shown(row: dict[str, Any]) -> str:
-    """The beginning of the names of a row's figure to look at: the benchmark's own, where it has one."""
-    return "value" if "value" in row else "accuracy"
+class Estimate(NamedTuple):
+    """A figure with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def factor(row: dict[str, Any]) -> int:
+def shown(row: Row) -> Estimate:
+    """A row's figure to look at: by the benchmark's own metric where it has one, else the accuracy."""
+    if "value" in row:
+        return Estimate(row["value"], row["value_low"], row["value_high"])
+    return _estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"])
+
+
+def _above_random(row: Row) -> Estimate | None:
+    if row["versus_random"] is None:
+        return None
+    return _estimate(row["versus_random"], row["versus_random_low"], row["versus_random_high"])
+
+
+def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
+    assert value is not None  # rows without an accuracy have a metric
+    assert low is not None
+    assert high is not None
+    return Estimate(value, low, high)
+
+
+def factor(row: Row) -> int:
     """What that figure is multiplied by to be read: 100 for a share, 1 for points."""
     return 100 if row.get("percent", True) else 1
 
 
-def _by_task(lines: list[dict[str, Any]]) -> dict[str, float]:
-    tasks: dict[str, list[bool]] = {}
+def _by_task(lines: list[Line]) -> dict[str, float]:
+    tasks: dict[str, list[float]] = {}
     for line in lines:
         if line["correct"] is not None:
             tasks.setdefault(line["task"], []).append(line["correct"])
     return {task: float(np.mean(marks)) for task, marks in sorted(tasks.items())}
 
 
-def written(budget: int | float) -> str:
+def written(budget: Budget) -> str:
     """A budget as the command line takes it: a count for an int, a percentage for a fraction."""
     return str(budget) if isinstance(budget, int) else f"{100 * budget:g}%"
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """Accuracy or the benchmark's own metric, agreement and the gain over random, a line a row; for 80 columns."""
     from rich.table import Table
 
-    figure, unit = shown(rows[0]), "percent" if factor(rows[0]) == 100 else "points"
+    unit = "percent" if factor(rows[0]) == 100 else "points"
     grid = Table(title=f"{unit} of {rows[0]['n']} questions, with half the width of the 95 % interval")
     for name in ("method", "budget", "tokens", rows[0].get("metric", "accuracy"), "as full", "above random"):
         first = name == "method"
@@ -135,9 +158,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["method"],
             written(row["budget"]) + ("" if row["reachable"] else " *"),
             f"{row['tokens']:.1f}",
-            _spread(row, figure, ".1f"),
+            _spread(shown(row), factor(row), ".1f"),
             f"{100 * row['agreement']:.1f}",
-            _spread(row, "versus_random", "+.1f"),
+            _spread(_above_random(row), factor(row), "+.1f"),
             end_section=following is not None and following["method"] not in (row["method"], "blind"),
         )
     if not all(row["reachable"] for row in rows):
@@ -147,14 +170,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
-def _spread(row: dict[str, Any], name: str, form: str) -> str:
-    if row[name] is None:
+def _spread(found: Estimate | None, times: int, form: str) -> str:
+    if found is None:
         return ""
-    times = factor(row)
-    return f"{times * row[name]:{form}} ± {times / 2 * (row[name + '_high'] - row[name + '_low']):.1f}"
+    return f"{times * found.value:{form}} ± {times / 2 * (found.high - found.low):.1f}"
 
 
-def task_table(rows: list[dict[str, Any]]) -> Table:
+def task_table(rows: list[Row]) -> Table:
     """Accuracy by task, a line a row."""
     from rich.table import Table
 
@@ -168,7 +190,7 @@ def task_table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
-def metrics_table(rows: list[dict[str, Any]]) -> Table:
+def metrics_table(rows: list[Row]) -> Table:
     """A benchmark's own metrics over all questions, a line a row."""
     from rich.table import Table
 
@@ -180,9 +202,7 @@ def metrics_table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
-def picture(
-    rows: list[dict[str, Any]], path: Path, title: str, published: Sequence[tuple[str, float, float]] = ()
-) -> None:
+def picture(rows: list[Row], path: Path, title: str, published: Sequence[tuple[str, float, float]] = ()) -> None:
     """Draw accuracy, or the benchmark's own metric, against measured visual tokens, with 95 % bands and the lines of
     the full and the blind model.
 
@@ -202,7 +222,7 @@ def picture(
         _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
     for name, row in named.items():
         above = name == "full"
-        value, low, high = (row[shown(row) + end] for end in ("", "_low", "_high"))
+        value, low, high = shown(row)
         axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
         axes.axhline(value, color="0.3", linestyle="--" if above else ":", linewidth=1.2, zorder=1)
         label = f"full model, {row['tokens']:.0f} tokens: {value:.2f}"
@@ -220,31 +240,31 @@ def picture(
     figure.savefig(path)
 
 
-def _curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _curves(rows: list[Row]) -> dict[str, list[Row]]:
     """Points by method, fewest tokens first; methods in the order of their accuracy at the fewest tokens."""
-    curves: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):
         if row["method"] not in ALWAYS and row["tokens"] > 0:
             curves.setdefault(row["method"], []).append(row)
-    return dict(sorted(curves.items(), key=lambda curve: -curve[1][0][shown(curve[1][0])]))
+    return dict(sorted(curves.items(), key=lambda curve: -shown(curve[1][0]).value))
 
 
-def _draw_curve(axes: Any, method: str, points: list[dict[str, Any]], full: dict, colour: str, marker: str) -> None:
+def _draw_curve(axes: Any, method: str, points: list[Row], full: Row, colour: str, marker: str) -> None:
     # every method at a budget of 1 is the full model: the curve ends there
     ends = points if points[-1]["tokens"] >= full["tokens"] else [*points, full]
     x = [row["tokens"] for row in ends]
-    axes.plot(x, [row[shown(row)] for row in ends], color=colour, linewidth=1.8, zorder=3)
-    low, high = ([row[f"{shown(row)}_{end}"] for row in ends] for end in ("low", "high"))
+    value, low, high = zip(*map(shown, ends), strict=True)
+    axes.plot(x, value, color=colour, linewidth=1.8, zorder=3)
     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
     for row in points:
         axes.plot(
-            row["tokens"], row[shown(row)], marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
+            row["tokens"], shown(row).value, marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
             markerfacecolor=colour if row["reachable"] else "white",
         )  # fmt: skip
     axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=method)
 
 
-def _dress(axes: Any, rows: list[dict[str, Any]], title: str, hollow: bool) -> None:
+def _dress(axes: Any, rows: list[Row], title: str, hollow: bool) -> None:
     from matplotlib.ticker import NullLocator
 
     if hollow:

@@ -7,10 +7,8 @@ uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import folder, report
+from vtc.eval import folder, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
+from vtc.eval.rows import Group, Line, Row
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vtc.eval.scenes import Example
 
 SMALLER = "smaller-image"
@@ -58,16 +55,17 @@ class Arm:
     spend: int | float
     reachable: bool = True
 
-    def key(self, question_id: Any) -> str:
-        return json.dumps([self.method, self.budget, question_id])  # JSON tells 1 token from 1.0 of the tokens
+    def key(self, question_id: str) -> str:
+        return folder.key(self.method, self.budget, question_id)
 
 
 def evaluate(
-    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, console: Console | None = None
-) -> list[dict[str, Any]]:
+    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, bar: bool = False
+) -> list[Row]:
     """Run what is missing of `settings` in the folder `out`, write the summary, the configuration and the picture.
 
-    With `dry_run` it writes nothing and ends when every arm answered one question.
+    With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
+    question. With `bar` stderr shows how far it is.
 
     Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and for a folder that holds
     another run.
@@ -76,19 +74,22 @@ def evaluate(
 
     _check(settings)
     path, device = model_path(settings.model), pick_device(settings.device)
-    if dry_run:
-        plan(load(path, device), settings, scenes.example("test", settings.seed, 0))
-        return []
     reader = load(path, device, settings.max_new_tokens)
-    digests = method_digests(reader.model, {name: name for name in settings.methods}, settings.budgets)
-    folder.open_folder(out, folder.configuration(settings, path, device, digests), restart)
-    store = Store(out / "results.jsonl")
+    methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
+    digests = folder.method_digests(reader.model, methods, settings.budgets)
+    config = folder.configuration(settings, path, device, digests)
+    if dry_run:
+        folder.check(out, config, restart)
+        plan(reader, settings, scenes.example("test", settings.seed, 0))
+        return []
+    folder.open_folder(out, config, restart)
+    store: Store[Line] = Store(out / "results.jsonl")
     examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
     arms = plan(reader, settings, examples[0])
-    with _progress(console, len(examples) * len(arms)) as tick:
+    with progress.bar("questions", len(examples) * len(arms), shown=bar) as tick:
         for batch in _batches(examples, settings.batch_size):
             _run_batch(reader, arms, batch, store, settings.suffix, tick)
-    groups = []
+    groups: list[Group] = []
     for arm in arms:
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
@@ -111,7 +112,9 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
     return arms
 
 
-def _run_batch(reader: Reader, arms: list[Arm], batch: list[Example], store: Store, suffix: str, tick: Any) -> None:
+def _run_batch(
+    reader: Reader, arms: list[Arm], batch: list[Example], store: Store[Line], suffix: str, tick: progress.Tick
+) -> None:
     inputs = None
     for arm in arms:
         if any(arm.key(example.question_id) not in store.lines for example in batch):
@@ -127,7 +130,7 @@ def _reached(
     """Each question with its prediction and its visual tokens, and the arm as it was run: at the image's floor where
     the budget is out of reach, which depends on the image's size."""
     try:
-        answers = _answer(reader, arm, inputs)
+        predictions, counts = _answer(reader, arm, inputs)
     except vtc.BudgetError as error:
         sizes = reader.visual_tokens(inputs).tolist()
         if len(set(sizes)) == 1:
@@ -137,15 +140,15 @@ def _reached(
             alike = [example for example, tokens in zip(batch, sizes, strict=True) if tokens == size]
             yield from _reached(reader, arm, alike, _inputs(reader, alike, suffix), suffix)
         return
-    for example, *answer in zip(batch, *answers, strict=True):
-        yield arm, example, *answer
+    for example, prediction, count in zip(batch, predictions, counts, strict=True):
+        yield arm, example, prediction, count
 
 
 def _inputs(reader: Reader, batch: list[Example], suffix: str) -> dict[str, Tensor]:
     return reader.inputs([example.image for example in batch], [example.question + suffix for example in batch])
 
 
-def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store) -> Iterator[dict[str, Any]]:
+def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line]) -> Iterator[Line]:
     full = Arm("full", 1.0, 1.0)
     for arm, example, prediction, count in answers:
         reference = prediction if arm.method == "full" else store.lines[full.key(example.question_id)]["prediction"]
@@ -208,18 +211,11 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
         ) from error
 
 
-def method_digests(
-    model: Any, methods: Mapping[str, str | vtc.Method], budgets: Sequence[int | float]
-) -> dict[str, str]:
-    """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
-    return {
-        f"method {name}": folder.method_digest(model, vtc.find_method(method), budgets)
-        for name, method in methods.items()
-        if name not in (*report.ALWAYS, SMALLER)
-    }
-
-
 def _check(settings: Settings) -> None:
+    known = (*vtc.list_methods(), SMALLER)
+    for method in settings.methods:
+        if method not in (*known, *report.ALWAYS) and method.replace("-", "").isalnum():  # no file, no module:Class
+            raise ValueError(f"unknown method {method!r}; vtc knows {', '.join(known)}")
     check_methods([method for method in settings.methods if method != SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
@@ -236,25 +232,3 @@ def check_methods(methods: Sequence[str]) -> None:
 def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield list(examples[start : start + size])
-
-
-def _progress(console: Console | None, total: int) -> Any:
-    """A context that gives a function to call with each number of questions done."""
-    if console is None:
-        return nullcontext(lambda done: None)
-    return _Bar(console, total)
-
-
-class _Bar:
-    def __init__(self, console: Console, total: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress, self.total = Progress(*columns, console=console), total
-
-    def __enter__(self) -> Any:
-        task = self.progress.__enter__().add_task("", total=self.total)
-        return lambda done: self.progress.advance(task, done)
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)

@@ -56,7 +56,7 @@ def _llava(text: hf.PreTrainedConfig) -> hf.LlavaConfig:
     return hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**CLIP_L_336),
         text_config=text,
-        image_token_id=text.vocab_size - 1,
+        image_token_index=text.vocab_size - 1,
         image_seq_length=576,
     )
 
@@ -117,7 +117,8 @@ def prompt(model: torch.nn.Module, batch: int, text: int, pixels: int | None = N
     """What a processor makes of `batch` prompts of `text` tokens, with a square random image after the first 8.
 
     `pixels` is the side of the image for families that read it in tiles or in its own resolution. None: 2 x 2 tiles and
-    the overview, or 672. Raises ValueError for a family whose prompts are not known here.
+    the overview, or 672. Raises ValueError for a family whose prompts are not known here, and for `pixels` where the
+    family has one size of image.
     """
     generator, token = torch.Generator().manual_seed(0), model.config.image_token_id
     images = [_image(model.config, pixels, generator) for _ in range(batch)]
@@ -134,6 +135,8 @@ def prompt(model: torch.nn.Module, batch: int, text: int, pixels: int | None = N
 def _image(config: hf.PreTrainedConfig, pixels: int | None, generator: torch.Generator) -> dict[str, Tensor]:
     vision, kind = config.vision_config, config.model_type
     if kind in ("llava", "vipllava"):
+        if pixels is not None:
+            raise ValueError(f"{kind} sees every image at {vision.image_size} pixels: leave --pixels out")
         return {"pixel_values": torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)}
     if kind in ("llava_next", "llava_onevision"):
         size = [pixels or 2 * vision.image_size] * 2

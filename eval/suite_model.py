@@ -33,13 +33,13 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import vtc
 from vtc.cost import kv_bytes
-from vtc.eval import arguments
-from vtc.eval.folder import Store
+from vtc.eval import arguments, progress
+from vtc.eval.folder import Store, key_of
 from vtc.eval.reader import Chat, load, model_path, pick_device
+from vtc.eval.rows import Asked, Reply
 
 Document = tuple[Chat, list[Image.Image]]
 """A conversation, and the images in it in the order of their mention."""
@@ -66,7 +66,7 @@ class Measured(TokenCounts):
     def total(cls, counts: Sequence[Measured]) -> Measured:
         """Of several rounds together."""
         sums = {f.name: [getattr(c, f.name) for c in counts if getattr(c, f.name) is not None] for f in fields(cls)}
-        totals = {name: sum(values) if values else None for name, values in sums.items()}
+        totals: dict[str, Any] = {name: sum(values) if values else None for name, values in sums.items()}
         return cls(**{**totals, "at_floor": bool(totals["at_floor"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,15 +123,16 @@ class Vtc(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
         _check_processes(several)
+        kernel: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         self.reader = load(
             model_path(pretrained),
             device_map or (str(self.accelerator.device) if several else device),
             dtype=dtype,
             revision=None if revision is None else str(revision),  # lmms-eval reads a commit of digits as a number
             pixels={k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None},
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+            **kernel,
         )
-        self.replies: Store | None = None
+        self.replies: Store[Reply] | None = None
         self.failed: dict[tuple[str, int], str] = {}
         """What kept questions, by task and number, from being asked; only noted where there is a store of replies."""
         self.taken: list[tuple[str, Measured]] = []
@@ -157,7 +158,7 @@ class Vtc(lmms):
 
     def use(self, method: str | vtc.Method, budget: int | float | None) -> None:
         """Answer with this method and budget from now on."""
-        self.arm = str(method), budget
+        self.arm: tuple[str, Any] = str(method), budget
         vtc.wrap(self.reader.model, method, budget)
 
     # -- what lmms-eval calls ---------------------------------------------------------------------------------------
@@ -194,10 +195,10 @@ class Vtc(lmms):
     def _all(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         found: dict[int, GenerationResult] = {}
         start = time.perf_counter()
-        with tqdm(total=len(requests), desc=f"{self.arm[0]} {self.arm[1]}", disable=self.rank != 0) as bar:
+        with progress.bar(f"{self.arm[0]} {self.arm[1]}", len(requests), shown=self.rank == 0) as tick:
             for rows in _batches(requests, self.batch_size):
                 found |= zip(rows, self._known_or_asked([requests[row] for row in rows], answers), strict=True)
-                bar.update(len(rows))
+                tick(len(rows))
         self.seconds += time.perf_counter() - start
         ordered = [found[row] for row in range(len(requests))]
         self.taken += [
@@ -210,9 +211,9 @@ class Vtc(lmms):
     def _known_or_asked(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         if self.replies is None:
             return answers(requests)
-        missing = {self._key(request): request for request in requests}
-        missing = [request for key, request in missing.items() if key not in self.replies.lines]
-        new = {
+        asked = {self._key(request): request for request in requests}
+        missing = [request for key, request in asked.items() if key not in self.replies.lines]
+        new: dict[str, Reply] = {
             self._key(request): {
                 **self._identity(request),
                 "prediction": reply.text,
@@ -230,13 +231,13 @@ class Vtc(lmms):
         *_, number, task, _ = request.args
         return task, number
 
-    def _identity(self, request: Instance) -> dict[str, Any]:
+    def _identity(self, request: Instance) -> Asked:
         task, number = self._where(request)
         choice = f"/{request.idx}" if request.request_type == "loglikelihood" else ""
         return {"method": self.arm[0], "budget": self.arm[1], "question_id": f"{task}/{number}{choice}"}
 
     def _key(self, request: Instance) -> str:
-        return json.dumps(list(self._identity(request).values()))
+        return key_of(self._identity(request))
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +283,8 @@ class Vtc(lmms):
 
     def _each(self, requests: list[Instance], asked: Any, instead: Any) -> list[GenerationResult]:
         """What `asked(requests, documents)` gives for each; `instead` of it for a question that cannot be asked."""
-        documents, replies = {}, {}
+        documents: dict[int, Document] = {}
+        replies: dict[int, GenerationResult] = {}
         for row, request in enumerate(requests):
             with self._noting(request):
                 documents[row] = self._document(request)
@@ -310,7 +312,7 @@ class Vtc(lmms):
 
     def _at_floor(self, floor: float, requests: Any, documents: Any, rows: list[int], asked: Any) -> dict:
         """Images of other sizes have other floors: a budget that is out of reach for one is not for all."""
-        given = self.reader.model.vtc
+        given = self.reader.model.vtc.compression
         vtc.wrap(self.reader.model, given.method, floor)
         try:
             replies = self._together(requests, documents, rows, asked)
@@ -452,12 +454,12 @@ def _check_processes(several: bool) -> None:
 
 def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
     """A task's messages as chat templates take them, and the images in them."""
-    messages = ChatMessages(messages=messages)
-    images, videos, sounds = messages.extract_media()
+    given = ChatMessages(messages=messages)
+    images, videos, sounds = given.extract_media()
     if videos or sounds:
         raise NotImplementedError("vtc reads images and text, no video and no sound")
     opened = [Image.open(image) if isinstance(image, (str, Path)) else image for image in images]
-    return messages.to_hf_messages(), opened
+    return given.to_hf_messages(), opened
 
 
 def folder_name(model_args: str) -> str:

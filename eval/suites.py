@@ -26,6 +26,7 @@ import vtc
 from vtc.eval import folder, measure, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
+from vtc.eval.rows import Group, Line, Reply, Row
 from vtc.eval.run import Arm
 from vtc.install import install_line
 
@@ -72,8 +73,8 @@ def evaluate(
     out: Path,
     restart: bool = False,
     dry_run: bool = False,
-    show: Callable[[str, list[dict[str, Any]]], None] = lambda task, rows: None,
-) -> dict[str, list[dict[str, Any]]]:
+    show: Callable[[str, list[Row]], None] = lambda task, rows: None,
+) -> dict[str, list[Row]]:
     """Run what is missing of `settings` in the folder `out`; write each task's results, summary and picture there.
 
     A task is written, and given to `show`, when it is done. A question that cannot be read and, on one process, a task
@@ -94,16 +95,18 @@ def evaluate(
     known = _manager(settings.include_path).all_tasks
     for name in settings.tasks:
         _check_known(name, known)
-    lm, failures = Vtc(settings.model, batch_size=settings.batch_size, device=settings.device), {}
+    lm = Vtc(settings.model, batch_size=settings.batch_size, device=settings.device)
+    failures: dict[str, str] = {}
     with lm.accelerator.main_process_first():  # the others find the data in the cache
         tasks = _loaded(settings, failures)
     tasks = {name: task for name, task in tasks.items() if _tried(lm, name, task, failures)}
     arms = plan(lm, settings, tasks)
     if dry_run or not tasks:
         _raise(failures)
-        return {}
     if lm.accelerator.is_main_process:
-        _open(settings, out, restart, lm, tasks)
+        _open(settings, out, restart, lm, tasks, dry_run)
+    if dry_run:
+        return {}
     lm.accelerator.wait_for_everyone()
     lm.replies = _replies(out, lm.accelerator.process_index)
     done = {}
@@ -120,7 +123,7 @@ def evaluate(
 
 def _evaluate_task(
     lm: Vtc, settings: Settings, task: Task, arms: list[Arm], out: Path, failures: dict[str, str]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     from accelerate.utils import gather_object
 
     found = []
@@ -154,22 +157,22 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"mme asks two questions about each image: --limit has to be even, not {settings.limit}")
 
 
-def _open(settings: Settings, out: Path, restart: bool, lm: Vtc, tasks: dict[str, Task]) -> None:
-    """Make `out` this run's folder. A run with a higher limit goes on: it is the same one up to the old limit."""
+def _open(settings: Settings, out: Path, restart: bool, lm: Vtc, tasks: dict[str, Task], dry_run: bool) -> None:
+    """Make `out` this run's folder, or see with `dry_run` whether it can be. A run with a higher limit goes on: it is
+    the same one up to the old limit."""
     file, there = out / "config.json", settings.limit
     if file.exists() and not restart:
         there = json.loads(file.read_text()).get("settings", {}).get("limit", there)
     more = there is not None and (settings.limit is None or settings.limit > there)
-    if more:
-        as_it_was = replace(settings, limit=there)
-        folder.open_folder(out, _configuration(as_it_was, lm, tasks), restart, REPLIES.format("*"))
+    as_it_was = replace(settings, limit=there) if more else settings
+    open_folder = folder.check if dry_run else folder.open_folder
+    open_folder(out, _configuration(as_it_was, lm, tasks), restart, REPLIES.format("*"))
+    if more and not dry_run:
         folder.write_json(file, _configuration(settings, lm, tasks))
-    else:
-        folder.open_folder(out, _configuration(settings, lm, tasks), restart, REPLIES.format("*"))
 
 
 def _configuration(settings: Settings, lm: Vtc, tasks: dict[str, Task]) -> dict[str, Any]:
-    digests = run.method_digests(lm.reader.model, settings.named, settings.budgets)
+    digests = folder.method_digests(lm.reader.model, settings.named, settings.budgets)
     digests |= {f"data of {name}": _digest(task, settings.limit) for name, task in tasks.items()}
     where = model_path(settings.model), pick_device(settings.device)
     config = folder.configuration(settings, *where, digests)
@@ -221,7 +224,8 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     from lmms_eval.evaluator_utils import get_task_list
     from lmms_eval.tasks import get_task_dict
 
-    manager, tasks = _manager(include_path), {}
+    manager = _manager(include_path)
+    tasks: dict[str, Task] = {}
     for name in names:
         _check_known(name, manager.all_tasks)
         with _blaming(name):
@@ -247,14 +251,17 @@ def _loaded(settings: Settings, failures: dict[str, str]) -> dict[str, Task]:
 
     from vtc.eval import arguments
 
-    over, tasks = simple_parse_args_string(settings.gen_kwargs), {}
+    over = simple_parse_args_string(settings.gen_kwargs)
+    tasks: dict[str, Task] = {}
     arguments.generation(over)
     for name in settings.tasks:
         with _noting(name, failures):
             tasks |= load_tasks([name], settings.include_path)
-    for task in tasks.values():
-        if "generate" in task.OUTPUT_TYPE:
-            task.set_config("generation_kwargs", over, update=True)
+    generating = [task for task in tasks.values() if "generate" in task.OUTPUT_TYPE]
+    if over and tasks and not generating:
+        raise ValueError(f"nothing is generated for {', '.join(tasks)}, which rate choices: leave --gen-kwargs out")
+    for task in generating:
+        task.set_config("generation_kwargs", over, update=True)
     return tasks
 
 
@@ -320,10 +327,10 @@ def _use(lm: Vtc, settings: Settings, arm: Arm) -> None:
         lm.use(run.BLIND if arm.method == "blind" else settings.named[arm.method], arm.spend)
 
 
-def _replies(out: Path, process: int) -> Store:
+def _replies(out: Path, process: int) -> Store[Reply]:
     """This process's store, with what any process of an earlier run was answered. No process writes meanwhile."""
     out.mkdir(parents=True, exist_ok=True)  # the folder of another machine need not be the first one's
-    store = Store(out / REPLIES.format(process))
+    store: Store[Reply] = Store(out / REPLIES.format(process))
     for path in sorted(set(out.glob(REPLIES.format("*"))) - {store.path}):
         store.lines = Store(path).lines | store.lines
     return store
@@ -347,14 +354,14 @@ def _simple_evaluate(lm: Vtc, settings: Settings, task: Task, out: Path) -> dict
 
 def _write(
     settings: Settings, where: Path, task: Task, arms: list[Arm], found: list[Any], unread: set[int]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """results.jsonl, summary.json and curve.png of one task; gives the summary rows.
 
     Questions in `unread` could not be asked, in some arm, and count in none.
     """
     name = task.config.task
     samples = [_samples(results["samples"][name], unread) for results in found]
-    groups = [
+    groups: list[Group] = [
         (arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines)
         for arm, lines in _lines(task, arms, samples)
     ]
@@ -380,9 +387,7 @@ def _samples(found: list[dict[str, Any]], unread: set[int]) -> list[dict[str, An
     return [first[number] for number in sorted(first) if number not in unread]
 
 
-def _lines(
-    task: Task, arms: list[Arm], samples: list[list[dict[str, Any]]]
-) -> Iterator[tuple[Arm, list[dict[str, Any]]]]:
+def _lines(task: Task, arms: list[Arm], samples: list[list[dict[str, Any]]]) -> Iterator[tuple[Arm, list[Line]]]:
     """Each arm with a line for each question, in the order of the questions."""
     name, full = task.config.task, [_prediction(sample) for sample in samples[0]]
     for arm, asked in zip(arms, samples, strict=True):

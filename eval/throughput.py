@@ -1,4 +1,4 @@
-"""Questions a second where work can be shared, with and without compression: `python -m vtc.eval.throughput`.
+"""Questions a second where work can be shared, with and without compression: `vtc throughput`.
 
 Two cases. One image asked many questions: each as a prompt of its own, or all on copies of one pruned cache
 (`vtc.prefix`). And a batch whose rows keep different counts: together, or one after the other.
@@ -7,16 +7,12 @@ Two cases. One image asked many questions: each as a prompt of its own, or all o
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -34,16 +30,24 @@ class Uneven(Method):
     name: ClassVar[str] = "uneven"
     paper: ClassVar[str] = "for measurements only"
     adaptive: ClassVar[bool] = True
+    share: float = 1.0
+    """The budget: adaptive methods are not told how many tokens to keep."""
+
+    def bind(self, model: nn.Module, budget: vtc.Budget | None, tokens: int | None) -> Uneven:
+        return replace(self, share=budget)
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         def select(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
             rank = torch.arange(1, len(keep) + 1, device=keep.device)
-            return top_k(scores, seen, (2 * keep * rank // len(keep)).clamp(min=1))
+            uneven = 2 * self.share * seen.valid.sum(1) * rank / len(keep)
+            return top_k(scores, seen, uneven.long().clamp(min=1))
 
         return (Stage(0, lambda seen: torch.zeros(seen.valid.shape, device=seen.valid.device), (), select),)
 
 
 Work = dict[str, Callable[[], object]]
+Seconds = dict[str, float]
+"""By the names of a `Work`."""
 
 
 def questions(model: nn.Module, budget: float, count: int, new_tokens: int) -> Work:
@@ -93,41 +97,46 @@ def uneven(model: nn.Module, budget: float, count: int) -> Work:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, work: Work, rounds: int) -> dict[str, float]:
+def measure(model: nn.Module, work: Work, rounds: int, step: bench.Step = lambda text: None) -> Seconds:
     """Median seconds of each, which take turns; the first round warms up."""
-    runs = [{name: bench.timed(run, model)[0] for name, run in work.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(run[name] for run in runs) for name in work}
+    runs = []
+    for number in range(rounds + 1):
+        step(f"round {number} of {rounds}" if number else "warming up")
+        runs.append({name: bench.timed(run, model)[0] for name, run in work.items()})
+    return {name: statistics.median(run[name] for run in runs[1:]) for name in work}
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A shape of `vtc bench`, of the LLaVA-1.5 kind.")] = "llava-qwen2-0.5b",
-    budget: float = 0.25,
-    count: Annotated[int, typer.Option(min=2, help="Questions, and rows.")] = 8,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 4,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    dtype: str = "float32",
-    device: str = "cpu",
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the seconds.")] = None,
-) -> None:
-    """Print questions a second."""
-    loaded, found = shapes.load(model, getattr(torch, dtype), device), {}
-    for title, work in (
-        (f"{count} questions about one image, {new_tokens} tokens each", questions(loaded, budget, count, new_tokens)),
-        (f"{count} images that keep different counts, first token", uneven(loaded, budget, count)),
-    ):
-        grid = Table(title=f"{title}\n{model}, {dtype}, {device}, budget {budget:g}")
-        for column in ("", "seconds", "a second", "times the first"):
-            grid.add_column(column, justify="right" if column else "left")
-        found[title] = seconds = measure(loaded, work, rounds)
-        first = next(iter(seconds.values()))
-        for name, passed in seconds.items():
-            grid.add_row(name, f"{passed:.2f}", f"{count / passed:.2f}", f"{first / passed:.2f}x")
-        Console().print(grid)
-    if out:
-        settings = {"model": model, "budget": budget, "dtype": dtype, "device": device, "rounds": rounds}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**settings, "seconds": found}, indent=2) + "\n")
+def compare(
+    model: nn.Module,
+    budget: float,
+    count: int,
+    new_tokens: int,
+    rounds: int,
+    step: bench.Step = lambda text: None,
+) -> dict[str, Seconds]:
+    """Seconds of both cases, by what the case is, for `count` questions and as many rows.
+
+    Raises ValueError for a `budget` that is no fraction of which a row can keep twice as much.
+    """
+    if not isinstance(budget, float) or not 0 < budget <= 0.5:
+        raise ValueError(f"a budget of {budget}: use a fraction up to 0.5, as the last row keeps twice as much")
+    cases = {
+        f"{count} questions about one image, {new_tokens} tokens each": questions(model, budget, count, new_tokens),
+        f"{count} images that keep different counts, first token": uneven(model, budget, count),
+    }
+    found = {}
+    for case, work in cases.items():
+        step(case)
+        found[case] = measure(model, work, rounds, step)
+    return found
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def table(case: str, seconds: Seconds, count: int, title: str) -> Table:
+    """The seconds of one case, and how many of its `count` questions pass in a second."""
+    grid = Table(title=f"{case}\n{title}")
+    for column in ("", "seconds", "a second", "times the first"):
+        grid.add_column(column, justify="right" if column else "left")
+    first = next(iter(seconds.values()))
+    for name, passed in seconds.items():
+        grid.add_row(name, f"{passed:.2f}", f"{count / passed:.2f}", f"{first / passed:.2f}x")
+    return grid

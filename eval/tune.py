@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import vtc
+from vtc.eval import progress
 from vtc.eval.images import open_image
 from vtc.eval.reader import Reader, load, model_path
 
@@ -74,7 +75,8 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=search.seed))
-    study.optimize(objective, n_trials=search.trials, show_progress_bar=True)
+    with progress.bar("trials", search.trials) as tick:
+        study.optimize(objective, n_trials=search.trials, callbacks=[lambda study, trial: tick()])
     if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
         raise ValueError(f"none of {search.trials} combinations can reach a budget of {search.budget} on this model")
     best, defaults = kind.tuned(study.best_params), similarity(kind())

@@ -1,5 +1,8 @@
 """The command line, as real processes."""
 
+import ast
+import inspect
+import json
 import re
 import subprocess
 import sys
@@ -9,10 +12,12 @@ import torch
 import typer
 from eval_fixtures import run_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image, ImageChops
+from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
-from vtc.cli import parse_budget, parse_budgets
+from vtc.cli import pictures, training
+from vtc.cli.arguments import parse_budget, parse_budgets
 from vtc.eval import scenes
 from vtc.eval.ask import Answer
 from vtc.methods import described
@@ -90,6 +95,9 @@ print(code, *sorted({"torch", "transformers", "numpy", "sklearn"} & set(sys.modu
         ("eval --methods fast", 1),
         ("bench --dtype int3", 2),
         ("bench --methods fast", 1),
+        ("peers --dtype int3", 2),
+        ("throughput --budget 64", 2),
+        ("faithfulness --methods fast", 1),
         ("tune --method fast", 1),
         ("ask scene.png", 2),
         ("ask scene.png ?  --budget 2.5", 2),
@@ -108,6 +116,46 @@ def test_neither_help_nor_errors_wait_for_torch(picture, monkeypatch, arguments,
     done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == str(code)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS.values(), training.reference, training.atp])
+def test_every_option_is_read(command):
+    (function,) = ast.parse(inspect.getsource(command)).body
+    names = (node for line in function.body for node in ast.walk(line) if isinstance(node, ast.Name))
+    read = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    assert {argument.arg for argument in function.args.args} - {"context"} <= read
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval --tasks pope --suffix .", "--suffix: for scenes, not for --tasks"),
+        ("eval --tasks pope --max-new-tokens 8 --by-task", "--max-new-tokens, --by-task: for scenes"),
+        ("eval --gen-kwargs max_new_tokens=8", "--gen-kwargs: for --tasks, not for scenes"),
+        ("eval --include-path .", "--include-path: for --tasks, not for scenes"),
+        ("eval --tasks pope --include-path nowhere", "'nowhere' does not exist"),
+        ("eval --dry-run --by-task", "--by-task: a dry run counts nothing"),
+        ("eval --faithfulness", "No such option: --faithfulness"),
+        ("faithfulness --budgets 0.5", "No such option: --budgets"),
+        ("tune --question why?", "--question: scenes bring their own"),
+        ("bench --peers", "No such option: --peers"),
+        ("peers --methods fastv", "No such option: --methods"),
+        ("peers --new-tokens 2", "No such option: --new-tokens"),
+        ("throughput --budget 64", "use a fraction up to 0.5"),
+        ("throughput --budget 51%", "use a fraction up to 0.5"),
+    ],
+)
+def test_what_a_command_would_not_read_is_refused(words, message):
+    done = CliRunner().invoke(cli.app, words.split(), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_one_device_for_several_processes_is_refused():
+    words = ("eval", "--tasks", "pope", "--device", "cuda:1")
+    done = CliRunner().invoke(cli.app, words, env={"WORLD_SIZE": "2", "COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert "--device: each of several processes takes a device of its own" in done.output
 
 
 def test_import_is_light_and_no_submodule_hides_a_function():
@@ -211,7 +259,7 @@ def test_stdout_is_the_answer_and_stderr_all_else(tiny, tmp_path):  # noqa: F811
 
 
 def test_an_empty_answer_is_said(capsys):
-    cli._print_answers({"vtc-cls, 4": Answer("", 16, 4.0, torch.arange(4), 0.1)})
+    pictures._print_answers({"vtc-cls, 4": Answer("", 16, 4.0, torch.arange(4), 0.1)})
     assert capsys.readouterr().out == "(no answer)\n"
 
 
@@ -253,3 +301,23 @@ def test_the_bar_of_eval_stays_out_of_its_table(tiny, tmp_path):  # noqa: F811
     assert "random" in done.stdout
     assert "questions ━" not in done.stdout
     assert "questions ━" in done.stderr
+
+
+def test_peers_and_throughput_are_measured_and_written(tiny, tmp_path):  # noqa: F811
+    few = ("--model", tiny, "--rounds", 1, "--out", tmp_path)
+    done = run_vtc("peers", "--budgets", "0.5", *few)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("output_attentions") == 2
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert list(found) == ["model", "dtype", "attention", "device", "case", "rows"]
+    assert [(row["method"], row["budget"], row["run again"]["agreement"]) for row in found["rows"]] == [
+        ("vtc-cls", 0.5, 1.0),
+        ("fastv", 0.5, 1.0),
+    ]
+    done = run_vtc("throughput", "--budget", "25%", "--count", 2, "--new-tokens", 1, *few)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "throughput.json").read_text())
+    assert list(found) == ["model", "budget", "dtype", "device", "rounds", "seconds"]
+    assert (found["budget"], found["device"]) == (0.25, "cpu")
+    assert all(title in done.stdout for title in found["seconds"])
+    assert [len(case) for case in found["seconds"].values()] == [3, 3]

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from functools import partialmethod
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_bench_measures_what_it_says():
         assert all(0 < row["own"][part] < row["pruned"]["first"] for part in bench.OWN)
         assert row["tokens"] == {"full": 36, "average": sum(visual) / 6, "last": visual[-1], "text": 12}
         assert " bind" in row["binds"]
+        assert list(row) == list(get_type_hints(bench.Row))
     assert "vtc" not in vars(model)
     assert "get_image_features" not in vars(model.base_model)
 
@@ -159,6 +161,11 @@ def test_bench_of_tiles_and_of_native_resolutions(family, tokens):
     assert row["pruned"]["kv_bytes"] == row["limit"]["kv_bytes"] < row["full"]["kv_bytes"]
 
 
+def test_pixels_are_for_families_that_read_several_sizes():
+    with pytest.raises(ValueError, match=r"llava sees every image at \d+ pixels: leave --pixels out"):
+        shapes.prompt(llava(), 1, 12, pixels=336)
+
+
 def test_bench_names_the_families_that_it_knows():
     with pytest.raises(ValueError, match=r"paligemma.*Qwen-VL"):
         shapes.prompt(FAMILIES["paligemma"].model, 1, 12)
@@ -206,6 +213,7 @@ def test_the_peers_keep_the_same_tokens():
     assert all(row[way]["agreement"] == 1 for row in rows for way in peers.WAYS)
     assert all(row[way]["seconds"] > 0 for row in rows for way in ("vtc", *peers.WAYS))
     for row in rows:
+        assert list(row) == list(get_type_hints(peers.Row))
         for way in peers.WAYS:  # one round: its ratio is the range
             assert row[way]["range"] == pytest.approx([row[way]["seconds"] / row["vtc"]["seconds"]] * 2)
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
@@ -222,7 +230,7 @@ def test_the_peers_ways_are_materialised(way, method):
         expected = model(**inputs).logits
         with peers.WAYS[way](model, matrices.__setitem__):
             out = model(**inputs)
-        assert list(matrices) == list(model.vtc.needs)
+        assert list(matrices) == list(model.vtc.compression.needs)
     assert all(matrix.ndim == 4 and matrix.shape[2] == matrix.shape[3] > 36 for matrix in matrices.values())
     torch.testing.assert_close(out.logits, expected)
 

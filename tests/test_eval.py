@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from typing import NotRequired, get_origin, get_type_hints
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image
 from rich.console import Console
 
 import vtc
-from vtc.eval import report, run, scenes
+from vtc.eval import progress, report, run, scenes
 from vtc.eval.images import MAX_PIXELS, open_image, overlay, seen_box
 from vtc.eval.reader import Reader, load, model_path
+from vtc.eval.rows import Line, Row
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
@@ -127,6 +129,14 @@ def test_every_question_once_in_every_arm(finished, settings):
     assert all(set(line) == LINE for line in lines)
     keys = [(line["method"], json.dumps(line["budget"]), line["question_id"]) for line in lines]
     assert len(keys) == len(set(keys)) == 6 * (2 + len(METHODS) * len(settings.budgets))
+
+
+def test_lines_and_rows_are_of_their_types(finished):
+    out, rows = finished
+    hints = get_type_hints(Row, include_extras=True)
+    always = [name for name, kind in hints.items() if get_origin(kind) is not NotRequired]
+    assert all(set(line) == set(get_type_hints(Line)) for line in read_lines(out))
+    assert all(list(row) == always for row in rows.values())
 
 
 def test_tokens_are_the_measured_ones(finished):
@@ -339,6 +349,17 @@ def test_modules_that_were_trained_anew_are_refused(settings, tmp_path):
         run.evaluate(few, tmp_path / "run")
 
 
+def test_a_dry_run_looks_at_the_folder_and_leaves_it(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    other = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(ValueError, match=r"another run \(methods .*--restart"):
+        run.evaluate(other, out, dry_run=True)
+    assert run.evaluate(other, out, dry_run=True, restart=True) == []
+    assert run.evaluate(settings, out, dry_run=True) == []
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
     out = copy_of(finished, tmp_path)
     few = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
@@ -421,6 +442,19 @@ def test_load(tiny):  # noqa: F811
     assert (model.training, processor.tokenizer.padding_side) == (False, "left")
     shipped, _ = vtc.eval.load(device="cpu")
     assert shipped.config._name_or_path == model_path("reference")
+
+
+def test_the_bar_writes_names_as_they_are(capsys):
+    with progress.bar("transprune(layers=[2]) 0.5", 3, done=1) as tick:
+        tick()
+        tick(1, say="[bold]")
+    with progress.bar("hidden", 1, shown=False) as tick:
+        tick()
+    written = capsys.readouterr()
+    assert "[bold] ━" in written.err
+    assert "3/3" in written.err
+    assert "hidden" not in written.err
+    assert written.out == ""
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

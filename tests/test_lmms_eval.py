@@ -22,7 +22,8 @@ from suite_fixtures import (  # noqa: F401 (fixtures)
 )
 
 import vtc
-from vtc import adapter, cli
+from vtc import adapter
+from vtc.cli import about
 from vtc.eval import report, scenes, suites, tasks
 from vtc.eval.reference import PATH
 
@@ -43,7 +44,7 @@ def test_it_loads_without_lmms_eval(monkeypatch):
 
 
 def test_the_folder_of_the_task_is_printed(capsys):
-    cli.task_folder()
+    about.tasks()
     (folder,) = capsys.readouterr().out.splitlines()
     assert folder == str(tasks.PATH)
     assert (Path(folder) / "vtc_scenes.yaml").is_file()

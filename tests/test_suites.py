@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 from eval_fixtures import read_lines
@@ -13,6 +14,7 @@ from PIL import Image
 from suite_fixtures import LIMIT, SETTINGS, TASKS, data, model, start, swept, torchrun  # noqa: F401 (fixtures)
 
 from vtc.eval import published, report, run, suites, tasks
+from vtc.eval import rows as rows_of
 
 # -- vtc eval --tasks -----------------------------------------------------------------------------------------------
 
@@ -43,6 +45,7 @@ def test_files_of_a_sweep(swept):
         assert json.loads((out / task / "summary.json").read_text()) == found
         assert [(r["method"], r["budget"]) for r in found[:3]] == [("full", 1.0), ("blind", 0), ("vtc-cls", 0.25)]
         assert [r["tokens"] for r in found[:3]] == [144, 0, 36]
+        assert all(list(row) == list(get_type_hints(rows_of.Row)) for row in found)
         assert len(read_lines(out / task)) == 6 * LIMIT
         with Image.open(out / task / "curve.png") as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 20
@@ -54,6 +57,8 @@ def test_files_of_a_sweep(swept):
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["tasks"] == list(SETTINGS.tasks)
     assert config["versions"]["lmms-eval"] == "0.7.3"
+    replies = map(json.loads, (out / "replies-0.jsonl").read_text().splitlines())
+    assert all(set(reply) == set(get_type_hints(rows_of.Reply)) for reply in replies)
 
 
 def test_two_processes_of_vtc_eval_answer_as_one(swept, tmp_path):
@@ -109,6 +114,11 @@ def test_a_finished_run_asks_nothing_and_another_is_refused(swept, tmp_path, mon
     assert suites.evaluate(SETTINGS, out) == swept[1]
     with pytest.raises(ValueError, match=r"another run \(limit 7 there, 6 here"):
         suites.evaluate(replace(SETTINGS, limit=6), out)
+    with pytest.raises(ValueError, match=r"another run \(limit 7 there, 6 here"):
+        suites.evaluate(replace(SETTINGS, limit=6), out, dry_run=True)
+    before = (out / "config.json").read_bytes()
+    assert suites.evaluate(replace(SETTINGS, limit=8), out, dry_run=True) == {}  # it would go on, and has not
+    assert (out / "config.json").read_bytes() == before
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
@@ -167,7 +177,7 @@ def test_unknown_methods_name_the_known(tmp_path):
 
 def test_without_lmms_eval_the_way_to_install_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
-    with pytest.raises(ImportError, match=r"vtc\[lmms-eval-lean\].*--no-deps lmms-eval==0\.7\.3"):
+    with pytest.raises(ImportError, match=r"visual-token-compression\[lmms-eval-lean\].*--no-deps lmms-eval==0\.7\.3"):
         suites.evaluate(SETTINGS, tmp_path)
 
 

@@ -98,6 +98,7 @@ def test_tasks_of_a_folder(data, tmp_path):
         ({"tasks": ("mmvet", "pope")}, "mmvet needs a judge's key in OPENAI_API_KEY"),
         ({"methods": ("smaller-image",)}, "smaller-image.*it is for scenes"),
         ({"gen_kwargs": "num_return_sequences=3"}, "takes no num_return_sequences"),
+        ({"tasks": ("seedbench_ppl",), "gen_kwargs": "max_new_tokens=3"}, "nothing is generated for seedbench_ppl"),
     ],
 )
 def test_refused_before_the_first_answer(data, tmp_path, monkeypatch, change, match):
@@ -110,12 +111,14 @@ def test_refused_before_the_first_answer(data, tmp_path, monkeypatch, change, ma
 
 def test_packages_that_a_task_needs_are_named_first(data, tmp_path, monkeypatch):
     monkeypatch.setattr(field, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"mmbench_en_dev_static needs openpyxl: pip install 'vtc\[suites\]'"):
+    with pytest.raises(
+        ValueError, match=r"mmbench_en_dev_static needs openpyxl: pip install 'visual-token-compression\[suites\]'"
+    ):
         suites.evaluate(replace(SMALL, tasks=("pope", "mmbench_en_dev_static")), tmp_path, dry_run=True)
 
 
 def test_the_field(data, monkeypatch, capsys):
-    from vtc import cli
+    from vtc.cli import about
 
     assert len(field.FIELD) == 20
     known = suites._manager().all_tasks
@@ -123,7 +126,7 @@ def test_the_field(data, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     for key in field.KEYS:
         monkeypatch.delenv(key, raising=False)
-    cli.task_folder()
+    about.tasks()
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if "mmvet" in line]
     assert "a judge's key" in line
@@ -234,7 +237,7 @@ def test_each_image_is_decided_by_itself(data, tmp_path, monkeypatch):
     assert [count.at_floor for count in counts] == [floor > 8.5 for floor in floors] == [True, False]
     assert counts[0].visual_tokens == pytest.approx(floors[0])
     assert counts[1].visual_tokens == pytest.approx(8, abs=0.5)
-    assert model.reader.model.vtc.budget == 8
+    assert model.reader.model.vtc.compression.budget == 8
 
 
 # -- damaged files --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The throughput benchmark does the work that it names."""
 
+import pytest
 import torch
 from models import llava
 
@@ -25,3 +26,9 @@ def test_shared_questions_are_the_separate_ones(monkeypatch):
     assert all(value > 0 for value in seconds.values())
     _, *pruned = [texts[start : start + 3] for start in (0, 3, 6)]
     assert all(torch.equal(a, b) for a, b in zip(*pruned, strict=True))
+
+
+@pytest.mark.parametrize("budget", [64, 1, 0.51, 0.0])
+def test_a_budget_that_no_row_can_keep_twice_is_refused(budget):
+    with pytest.raises(ValueError, match=r"use a fraction up to 0\.5"):
+        throughput.compare(llava(), budget, 2, 1, 1)

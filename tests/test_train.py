@@ -210,7 +210,7 @@ def test_train_tune_and_compare_from_the_command_line(checkpoint, tmp_path):
     succeeded("tune", "--model", checkpoint, "--method", "transprune", "--budget", "0.5", *sizes, "--out", tuned)
     succeeded("eval", "--model", checkpoint, "--methods", tuned, "--budgets", "0.5", "--limit", "2", "--out", out)
     assert {row["method"] for row in json.loads((out / "summary.json").read_text())} == {"full", "blind", str(tuned)}
-    faithful = ("--methods", "vtc-cls,random", "--limit", "2", "--faithfulness", "--out", out)
-    assert "spearman" in succeeded("eval", "--model", checkpoint, *faithful)
+    faithful = ("--methods", "vtc-cls,random", "--limit", "2", "--out", out)
+    assert "spearman" in succeeded("faithfulness", "--model", checkpoint, *faithful)
     rows = json.loads((out / "faithfulness.json").read_text())
     assert [(row["method"], row["n"]) for row in rows] == [("vtc-cls", 2), ("random", 2)]

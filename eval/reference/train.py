@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from vtc.eval import scenes
+from vtc.eval import progress, scenes
 from vtc.eval.reference.data import QUESTIONS, Batch, Pack, batches, encode, labels, make_batch, pack
 from vtc.eval.reference.model import PRESETS, Preset, build_model, build_processor, shared_tokenizer
 from vtc.eval.reference.network import Labels, gather, look, read
@@ -87,21 +87,18 @@ class Trainer:
 
     def run(self, report_every: int, workers: int, compiled: bool) -> None:
         """Train to the end, with a progress bar, reports and checkpoints; then export."""
-        from tqdm import tqdm
-
         preset, saved = self.preset, time.monotonic()
         total = preset.tower_steps + preset.read_steps
         self.model.train()
         if compiled:  # a narrow decoder spends most of its time between matrix products
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        with tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+        with progress.bar("steps", total, self.step) as tick:
             for batch in batches(preset, self.seed, self.step, total, workers):
                 loss = self.advance(batch)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                tick(say=f"steps, loss {loss:.3f}")
                 if self.step % report_every == 0 or self.step in (preset.tower_steps, total):
-                    bar.write(f"step {self.step}: {self.report()}")
+                    print(f"step {self.step}: {self.report()}", flush=True)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()

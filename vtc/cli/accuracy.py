@@ -1,0 +1,206 @@
+"""`vtc eval`, `vtc faithfulness` and `vtc tune`: what answers cost in accuracy, and what can be done about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, parse_budgets, refuse, split
+from vtc.cli.terminal import note_above, note_one, quiet, say
+
+if TYPE_CHECKING:
+    from vtc.eval.rows import Row
+
+REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model = "reference",
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated; `vtc methods` lists them, and smaller-image is one more baseline."),
+    ] = "vtc-cls,fastv,random,uniform",
+    budgets: Annotated[
+        str,
+        typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
+    ] = "0.5,0.25,0.11",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Benchmarks of lmms-eval instead of scenes, comma-separated: pope,mme,gqa,... Their own prompts, "
+            "metrics and lengths count."
+        ),
+    ] = "",
+    include_path: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="With --tasks: a folder with more task files."),
+    ] = None,
+    gen_kwargs: Annotated[
+        str, typer.Option(help="With --tasks: over what task files ask of generation, such as max_new_tokens=16.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each task; unless given 1000 of scenes, all of a benchmark.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to a scene.")] = 8,
+    suffix: Annotated[
+        str,
+        typer.Option(
+            help="Put after each question about a scene, for models that answer in sentences when not told otherwise."
+        ),
+    ] = "",
+    device: Device = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check model, methods, tasks and data on one question each, and --out, and stop."
+        ),
+    ] = False,
+    by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task of scenes.")] = False,
+) -> None:
+    """Measure accuracy against token budget on the scenes benchmark, or with --tasks on benchmarks of lmms-eval.
+
+    Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
+    config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
+    as many processes, by torchrun or accelerate launch.
+
+    Examples:
+
+      vtc eval --limit 200 --out out/first
+
+      vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
+
+      vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
+
+      vtc eval --model llava-hf/llava-1.5-7b-hf --tasks pope,gqa --batch-size 8 --out out/suites
+    """
+    chosen, spend = split(methods), parse_budgets(budgets)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if tasks:
+        refuse(context, "suffix", "max_new_tokens", "by_task", why="for scenes, not for --tasks")
+    else:
+        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes")
+    if dry_run:
+        refuse(context, "by_task", why="a dry run counts nothing")
+    if several and ":" in device:
+        refuse(context, "device", why="each of several processes takes a device of its own")
+    check_methods(*chosen, also=("smaller-image", "full", "blind"))
+    need("matplotlib", "sklearn", extra="eval")
+    note_one(spend)
+    if several and not tasks:
+        raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
+    quiet()
+    from vtc.eval import report, run, suites
+
+    console = Console()
+    if tasks:
+        more = str(include_path.absolute()) if include_path else None
+        benchmarks = suites.Settings(
+            split(tasks), model, chosen, spend, limit, seed, batch_size, device, more, gen_kwargs
+        )
+        suites.evaluate(benchmarks, out, restart, dry_run, lambda task, rows: _show(task, rows, out / task))
+        if dry_run:
+            console.print(REHEARSED)
+        return
+    settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
+    say(f"loading {model}")
+    rows = run.evaluate(settings, out, restart, dry_run, bar=True)
+    if dry_run:
+        console.print(REHEARSED)
+        return
+    note_above(spend, next(row["tokens"] for row in rows if row["method"] == "full"))
+    console.print(report.table(rows))
+    if by_task:
+        console.print(report.task_table(rows))
+    console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+
+
+def _show(task: str, rows: list[Row], where: Path) -> None:
+    from vtc.eval import published, report
+
+    console = Console()
+    console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
+    if figures := published.table(task, rows):
+        console.print(figures)
+    console.print(f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+
+
+def faithfulness(
+    model: Model = "reference",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, of those with a score map; `vtc methods` lists all.")
+    ] = "vtc-cls,fastv,random",
+    limit: Annotated[int, typer.Option(min=1, help="Questions about scenes.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for faithfulness.json.")] = Path("out/faithfulness"),
+    device: Device = "auto",
+) -> None:
+    """Compare score maps with occlusion: do methods keep the tokens that the answer hangs on?
+
+    Each visual token is hidden from the full model by itself, which takes a forward an image of as many rows as tokens.
+
+    Example:
+
+      vtc faithfulness --limit 100 --methods vtc-cls,fastv,random --out out/faithful
+    """
+    chosen = tuple(dict.fromkeys(split(methods)))
+    check_methods(*chosen)
+    need("sklearn", "scipy", extra="eval")
+    quiet()
+    from vtc.eval import faithfulness as compared
+    from vtc.eval import folder, scenes
+    from vtc.eval.reader import load, model_path, pick_device
+
+    say(f"loading {model}")
+    reader = load(model_path(model), pick_device(device))
+    rows = compared.faithfulness(reader, scenes.load("test", limit, seed), chosen, bar=True)
+    out.mkdir(parents=True, exist_ok=True)
+    folder.write_json(out / "faithfulness.json", rows)
+    Console().print(compared.table(rows))
+
+
+def tune(
+    context: typer.Context,
+    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
+    model: Model = "reference",
+    images: Annotated[
+        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
+    ] = "scenes",
+    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
+    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
+    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="The JSON file for vtc.Method.from_json.")] = Path("out/tuned.json"),
+) -> None:
+    """Find a method's hyper-parameters for a model and a budget, without labels.
+
+    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
+
+    Example:
+
+      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
+    """
+    spend = parse_budget(budget)
+    check_methods(method)
+    need("optuna", "scipy", extra="tune")
+    if images == "scenes":
+        refuse(context, "question", why="scenes bring their own; name a folder with --images")
+        need("sklearn", extra="eval")
+    note_one([spend])
+    quiet()
+    from vtc.eval import tune as tuning
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
+    best, similarity, defaults = tuning.tune(search, out)
+    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")

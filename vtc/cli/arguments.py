@@ -1,0 +1,71 @@
+"""What commands are given: options that several share, how they are read, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from vtc.install import install_line
+
+Model = Annotated[
+    str,
+    typer.Option(help="'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def parse_budget(text: str) -> int | float:
+    """ "64" is tokens per image (int); "0.25" and "25%" are a fraction of the image's tokens (float in (0, 1])."""
+    text = text.strip()
+    try:
+        if text.isdecimal():
+            return int(text)
+        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no budget: use tokens (64), a fraction (0.25) or a percentage (25%)"
+        ) from None
+    if not 0 < fraction <= 1:
+        raise typer.BadParameter(f"{text!r}: a fraction lies above 0 and up to 1; no visual token at all is 0, a count")
+    return fraction
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    return tuple(parse_budget(part) for part in split(text))
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise typer.BadParameter("the list is empty")
+    return parts
+
+
+def refuse(context: typer.Context, *names: str, why: str) -> None:
+    """Refuse what the command would not read, by the names of its parameters, where it was typed all the same."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if typed:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise typer.BadParameter(f"{options}: {why}")
+
+
+def check_methods(*names: str, also: Sequence[str] = ()) -> None:
+    """Refuse a plain name that no method has; paths and other forms are for those who read them."""
+    from vtc.methods import described
+
+    known = (*described(), *also)
+    for name in names:
+        if re.fullmatch(r"[\w-]+", name) and name not in known:
+            raise ValueError(f"unknown method {name!r}; vtc knows {', '.join(known)}")
+
+
+def need(*modules: str, extra: str) -> None:
+    """Refuse before any work is done when an optional dependency is missing."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: {install_line(extra)}")

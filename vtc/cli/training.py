@@ -1,0 +1,52 @@
+"""`vtc train`: the models that vtc ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtc.cli.arguments import Model, need
+from vtc.cli.terminal import quiet
+
+
+def reference(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints; the same command resumes.")] = Path("out/reference"),
+    preset: Annotated[str, typer.Option(help="small: 2 CPU cores; large: 336-pixel images, for a GPU.")] = "small",
+    seed: Annotated[int, typer.Option(help="Of weights, scenes and subsets.")] = 0,
+) -> None:
+    """Train the reference model from nothing; model and processor end up in OUT/model.
+
+    Example:
+
+      vtc train reference --out out/reference && vtc eval --model out/reference/model
+    """
+    need("sklearn", extra="eval")
+    quiet()
+    from vtc.eval.reference.train import train
+
+    train(out, preset=preset, seed=seed)
+
+
+def atp(
+    model: Model = "reference",
+    budget: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the image's tokens.")] = 0.25,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
+) -> None:
+    """Train ATP-LLaVA's thresholds for a frozen model and a budget, on the benchmark's training questions.
+
+    Beside them lies report.json: how many tokens stay on unseen questions, how much that varies, and where they leave.
+
+    Example:
+
+      vtc train atp --budget 0.25 && vtc eval --methods atp,random --budgets 0.25 --out out/atp
+    """
+    need("sklearn", extra="eval")
+    quiet()
+    from vtc.eval import atp as trainer
+
+    trainer.train(trainer.Recipe(model, budget, steps, batch_size, seed=seed), out)
