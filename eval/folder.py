@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -98,7 +99,11 @@ def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.B
 
     A budget below what was trained for is bound at the floor, as it will be run.
     """
-    digest, tokens = hashlib.sha256(), find(model).tokens_per_image()
+    adapter = find(model)
+    digest, tokens = hashlib.sha256(), adapter.tokens_per_image()
+    for kind in (type(method), type(adapter)):  # they may live in other packages
+        if file := getattr(sys.modules[kind.__module__], "__file__", None):
+            digest.update(Path(file).read_bytes())
     for budget in budgets:
         try:
             bound = method.bind(model, budget, tokens)

@@ -23,8 +23,7 @@ from vtc.attention import Attention, TowerStates
 from vtc.grids import Grid
 from vtc.stage import Shape
 
-HfModule = Any
-"""A module of a Hugging Face model: an `nn.Module` whose attributes no type checker knows."""
+HfModule = Any  # a module of a Hugging Face model, whose attributes no type checker knows
 ADAPTERS: dict[str, type[Adapter]] = {}
 
 
@@ -98,12 +97,11 @@ class Adapter:
         Where the layer normalises what comes out, too, that is what is added to the residual.
         """
         if hasattr(layer, "pre_feedforward_layernorm"):
-            names = ["input_layernorm", "post_attention_layernorm"]
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+            names = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm"
         else:
-            names = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
+            names = "input_layernorm self_attn post_attention_layernorm mlp"
         labels = ("attention in", "attention out", "feed-forward in", "feed-forward out")
-        return {label: getattr(layer, name) for label, name in zip(labels, names, strict=True)}
+        return {label: getattr(layer, name) for label, name in zip(labels, names.split(), strict=True)}
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of (batch, heads, length, head_dim) by (batch, length, head_dim), half-split convention."""
@@ -234,7 +232,10 @@ def _load_families() -> None:
     for module in pkgutil.iter_modules(vtc.integrations.__path__):
         importlib.import_module(f"vtc.integrations.{module.name}")
     for entry in entry_points(group="vtc.integrations"):
-        entry.load()
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ImportError(f"the family {entry.name!r} ({entry.value}): {error}") from error
 
 
 def find(model: HfModule) -> Adapter:

@@ -29,7 +29,10 @@ def list_methods() -> dict[str, type[Method]]:
             if isinstance(thing, type) and issubclass(thing, Method) and "name" in vars(thing):
                 found[thing.name] = thing
     for entry in entry_points(group="vtc.methods"):
-        found[entry.name] = _checked(entry.load(), entry.value)
+        try:
+            found[entry.name] = _checked(entry.load(), entry.value)
+        except (ImportError, AttributeError) as error:
+            raise ImportError(f"the method {entry.name!r} of another package ({entry.value}): {error}") from error
     return dict(sorted(found.items()))
 
 
@@ -56,13 +59,17 @@ def find_method(name: str | Path | Method) -> Method:
 
 
 def described() -> dict[str, tuple[str, str]]:
-    """(first line of the docstring, paper) by name, read from the files: importing them would load torch."""
+    """(first line of the docstring, paper) by name, read from the files: importing them would load torch.
+
+    Of a method of another package, where it is.
+    """
     found = {}
     for path in Path(__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and "name" in (texts := _texts(node)):
                 lines = (ast.get_docstring(node) or "").splitlines() or [""]
                 found[texts["name"]] = lines[0], texts["paper"]
+    found |= {entry.name: (f"of another package: {entry.value}", "") for entry in entry_points(group="vtc.methods")}
     return dict(sorted(found.items()))
 
 
