@@ -180,9 +180,7 @@ def tune(
     samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
     trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
-    out: Annotated[Path, typer.Option(help="The JSON file, which stands for the method wherever one is named.")] = Path(
-        "out/tuned.json"
-    ),
+    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
 ) -> None:
     """Find a method's hyper-parameters for a model and a budget, without labels.
 
