@@ -85,7 +85,9 @@ def summarise(groups: Sequence[Group], seed: int, own: Own | None = None) -> lis
         }
         j = random.get(repr(budget))
         if j is not None and j != i and reachable and method not in ALWAYS:
-            row["versus_random"] = float(values[i] - values[j])
+            # of single questions the mean of the differences: it is rounded once
+            gain = (correct[:, i] - correct[:, j]).mean() if own is None else values[i] - values[j]
+            row["versus_random"] = float(gain)
             row["versus_random_low"], row["versus_random_high"] = interval(compared[:, i] - compared[:, j])
         if own is not None:
             row["metric"], row["percent"], row["value"] = own.metric, own.percent, float(own.values[i])
