@@ -123,7 +123,7 @@ def test_the_command_of_the_page_runs_and_refuses_answers_of_other_code(home, tm
     python(home, *arguments, cwd=tmp_path)
     rows = json.loads((tmp_path / "out" / "mine" / "summary.json").read_text())
     read = {row["method"]: row["tokens"] for row in rows}
-    for method in ("my_tokens.question:Question", "my_tokens.length:Length"):
+    for method in ("question", "my_tokens.length:Length"):
         assert read[method] == pytest.approx(read["full"] / 2, abs=1)
     file = home / "my_tokens" / "length.py"
     file.write_text(file.read_text().replace(".norm(dim=-1)", ".abs().amax(dim=-1)"))
