@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vtc.compression import Compression
-from vtc.stage import Method
+from vtc.stage import Budget, Method
 from vtc.trace import Trace
 
 chosen: ContextVar[tuple[Compression, ...]] = ContextVar("vtc_chosen", default=())
@@ -42,6 +42,10 @@ class InForce:
     @property
     def method(self) -> Method:
         return self.compression.method
+
+    @property
+    def budget(self) -> Budget | None:
+        return self.compression.budget
 
     @property
     def trace(self) -> Trace:
