@@ -281,7 +281,7 @@ MODES = [
     *(forward, forward, generate, generate, static, guesses, beams, second_turn, second_image, rows_of_a_cache),
     *(cropped, quantised),
 ]
-MERGING = ("tome", "vflowopt")
+MERGING = ("tome", "vflowopt", "tally")
 
 
 def _placed(model, inputs: dict) -> dict:

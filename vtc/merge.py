@@ -23,3 +23,9 @@ def absorb(features: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     taken = torch.zeros_like(target).scatter_add(1, target, (into >= 0).long())
     mean = (summed / total.clamp(min=1e-8)[..., None]).to(features.dtype)
     return torch.where((taken > 1)[..., None], mean, features)
+
+
+def sizes(into: Tensor) -> Tensor:
+    """How many tokens each one stands for by a source map: (images, tokens) float32, 0 where it is none of those left."""
+    spare = torch.zeros(len(into), into.shape[1] + 1, device=into.device)  # the last one takes what is dropped
+    return spare.scatter_add(1, into % spare.shape[1], torch.ones_like(into, dtype=torch.float32))[:, :-1]
