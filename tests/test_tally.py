@@ -44,7 +44,8 @@ def test_ward_is_that_of_loops(seed, monkeypatch):
     states = torch.randn(3, length, 5, generator=generator)
     valid = torch.rand(3, length, generator=generator) > 0.2
     count = torch.randint(0, length + 1, (3,), generator=generator)
-    expected = [grouped(*image) for image in zip(states, (v.nonzero()[:, 0].tolist() for v in valid), count.tolist())]
+    tokens = [image.nonzero()[:, 0].tolist() for image in valid]
+    expected = [grouped(*image) for image in zip(states, tokens, count.tolist(), strict=True)]
     assert ward(states, valid, count).tolist() == expected
     monkeypatch.setattr(clustering, "ENTRIES", 1)
     assert ward(states, valid, count).tolist() == expected

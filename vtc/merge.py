@@ -26,6 +26,6 @@ def absorb(features: Tensor, into: Tensor, weights: Tensor) -> Tensor:
 
 
 def sizes(into: Tensor) -> Tensor:
-    """How many tokens each one stands for by a source map: (images, tokens) float32, 0 where it is none of those left."""
+    """How many tokens each one stands for by a source map: (images, tokens) float32, 0 where it is not left."""
     spare = torch.zeros(len(into), into.shape[1] + 1, device=into.device)  # the last one takes what is dropped
     return spare.scatter_add(1, into % spare.shape[1], torch.ones_like(into, dtype=torch.float32))[:, :-1]
