@@ -344,6 +344,39 @@ def tune(
 
 
 @app.command()
+def layers(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "reference",
+    left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
+) -> None:
+    """Draw which decoder layers read the image: what is lost when it leaves before each of them.
+
+    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
+
+    Example:
+
+      vtc layers --limit 200 --out out/layers
+    """
+    _need("matplotlib", "sklearn", extra="eval")
+    _quiet()
+    from vtc.eval import layers as probe
+    from vtc.eval import scenes
+    from vtc.eval.reader import load, model_path, pick_device
+
+    reader = load(model_path(model), pick_device(device))
+    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
+    (out / "layers.json").write_text(json.dumps(asked | {"rows": rows}, indent=2) + "\n")
+    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
+    Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")
+
+
+@app.command()
 def ask(
     image: Annotated[
         Path, typer.Argument(help="Any image file, up to 20 MB and 50 megapixels; or 'scene', for one that ships.")
