@@ -10,8 +10,11 @@ import vtc
 from vtc.budget import counts
 from vtc.methods import ward as clustering
 from vtc.methods.tally import Tally
+from vtc.methods.tome import ToMe
+from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.ward import ward
 from vtc.stage import Shape
+from vtc.stream import Stream
 
 
 def price(states, a, b):
@@ -169,3 +172,29 @@ def test_merging_identical_patches_is_lossless(name, images, monkeypatch):
         with standing_together(model, lead, full, full["attention_mask"].bool()), torch.no_grad():
             expected = model(**full, use_cache=False).logits[:, inputs["input_ids"].shape[1] - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Tally(layer=2), ToMe(weighs=True), VFlowOpt(cell=0.4, threshold=1.2, weighs=True)])
+@torch.no_grad()
+def test_weights_are_the_sizes_of_groups(method, monkeypatch):
+    """Of whichever method merges, counted by hand; all patches count, but those that were dropped."""
+    model, found = FAMILIES["llava"].model, []
+    weigh = Stream.weighed
+    monkeypatch.setattr(Stream, "weighed", lambda self, weight: found.append(weight) or weigh(self, weight))
+    with vtc.compressed(model, method, 0.3) as trace:
+        model(**prompt(model, (1, 2)))
+    (weights,) = found
+    stage = trace.stages[0]
+    for weight, into, kept in zip(weights.tolist(), stage.into.tolist(), stage.kept.tolist(), strict=True):
+        assert [w for w, stays in zip(weight, kept, strict=True) if stays] == [
+            into.count(token) for token in range(36) if kept[token]
+        ]
+        assert max(weight) > 1
+
+
+@pytest.mark.parametrize("method", [ToMe(), VFlowOpt(cell=0.4, threshold=1.2)])
+def test_papers_do_not_weigh(method, monkeypatch):
+    model = FAMILIES["llava"].model
+    monkeypatch.setattr(Stream, "weighed", lambda self, weight: 1 / 0)
+    with vtc.compressed(model, method, 0.3), torch.no_grad():
+        model(**prompt(model))

@@ -32,7 +32,7 @@ class Tally(Method):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.366
     """r where no budget is given; with the other defaults an average of 25 % of the tokens."""
     power: Annotated[float, Field(ge=1)] = 2.0
-    """How much earlier merging ends than the cut: 1 cuts nothing, so that what is kept is the image's alone."""
+    """The cut leaves r^power N; at 1 there is none, and what stays does not depend on the question."""
     layer: Layer | None = None
     """The decoder layer to cut before. None: the middle one."""
 
@@ -42,7 +42,7 @@ class Tally(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         states = PatchStates(shape.tower_layers - 1)
-        merging = Stage(0, lambda seen: seen.valid.float(), (states,), partial(_merged, states))
+        merging = Stage(0, lambda seen: seen.valid.float(), (states,), merge.weighed(partial(_merged, states)))
         if self.power == 1:
             return (merging,)
         (layer,) = shape.layers(None if self.layer is None else (self.layer,), 1, of=2)
@@ -70,7 +70,6 @@ class PatchStates(Need):
 
 
 def _merged(need: PatchStates, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-    """Ward's groups of an image's tokens, each in the place of its first one, with their sizes as weights."""
+    """Ward's groups of an image's tokens, each in the place of its first one."""
     into = ward(seen[need].transpose(1, 2), seen.valid, keep)
-    size = merge.sizes(into)
-    return Choice((size > 0) & (keep > 0)[:, None], into, weight=size.clamp(min=1))
+    return Choice((merge.sizes(into) > 0) & (keep > 0)[:, None], into)

@@ -17,6 +17,7 @@ import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
 from vtc.grids import Grid
+from vtc.merge import weighed
 from vtc.need import Need
 from vtc.observe import ReceivedAttention, Tower
 from vtc.select import top_k
@@ -48,6 +49,8 @@ class VFlowOpt(Method):
     """a: the side of a recycling cell, as a part of the grid's side (the paper counts patches of a grid of 27)."""
     alpha: float = 0.0
     """Weight of the entropy term."""
+    weighs: bool = False
+    """Whether a recycled token counts as many times as it has patches; not in the paper."""
     layers: tuple[Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 9 and 18 of 28, scaled to the depth of the decoder."""
 
@@ -72,7 +75,8 @@ class VFlowOpt(Method):
 
         needs = (attention, *entropy)
         sites = (0, *shape.layers(self.layers, 9, 18, of=28))
-        selects: tuple[Select, ...] = (partial(recycle, cell=self.cell), top_k, top_k)
+        first: Select = partial(recycle, cell=self.cell)
+        selects = (weighed(first) if self.weighs else first, top_k, top_k)
         return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
 
     def ratios(self) -> tuple[float, ...]:
