@@ -49,7 +49,7 @@ def _ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         joins = place[:, :half] < number[:, None]
         a = pair[:, :half].where(joins, tokens)
         b = nearest.gather(1, a).where(joins, tokens)
-        cost, size = _joined(cost, size, a, b, price[:, :half].where(joins, 0))
+        size = _join(cost, size, a, b, price[:, :half].where(joins, 0))
         into, left = place.scatter(1, b, a).gather(1, into), left - number
     return into[:, :-1].where(valid, -1)
 
@@ -64,8 +64,8 @@ def _costs(states: Tensor, valid: Tensor) -> Tensor:
     return torch.nn.functional.pad(cost.masked_fill(~apart, torch.inf), (0, 1, 0, 1), value=torch.inf)
 
 
-def _joined(cost: Tensor, size: Tensor, a: Tensor, b: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-    """Costs and sizes when the groups `b` (images, pairs) have joined `a`, which costs `price`."""
+def _join(cost: Tensor, size: Tensor, a: Tensor, b: Tensor, price: Tensor) -> Tensor:
+    """Let the groups `b` (images, pairs) join `a`, which costs `price`: new sizes, and new entries in `cost`."""
 
     def union(costs: Tensor, size: Tensor) -> Tensor:
         """(images, pairs, others): what joining the unions costs, from `costs` (images, groups, others)."""
@@ -79,7 +79,7 @@ def _joined(cost: Tensor, size: Tensor, a: Tensor, b: Tensor, price: Tensor) -> 
     across = a[:, None].expand_as(among)
     rows = rows.scatter(2, across, (among + among.transpose(1, 2)) / 2)  # symmetric, so that a pair is always mutual
     wide = a[..., None].expand_as(rows)
-    cost = cost.scatter(1, wide, rows).scatter(2, wide.transpose(1, 2), rows.transpose(1, 2))
+    cost.scatter_(1, wide, rows).scatter_(2, wide.transpose(1, 2), rows.transpose(1, 2))
     gone = b[..., None].expand_as(rows)
-    cost = cost.scatter(1, gone, torch.inf).scatter(2, gone.transpose(1, 2), torch.inf)
-    return cost, size.scatter(1, a, (size_a + size_b).where(a < cost.shape[1] - 1, 1))
+    cost.scatter_(1, gone, torch.inf).scatter_(2, gone.transpose(1, 2), torch.inf)
+    return size.scatter(1, a, (size_a + size_b).where(a < cost.shape[1] - 1, 1))
