@@ -49,10 +49,10 @@ class VFlowOpt(Method):
     """a: the side of a recycling cell, as a part of the grid's side (the paper counts patches of a grid of 27)."""
     alpha: float = 0.0
     """Weight of the entropy term."""
-    weighs: bool = False
-    """Whether a recycled token counts as many times as it has patches; not in the paper."""
     layers: tuple[Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 9 and 18 of 28, scaled to the depth of the decoder."""
+    weighs: bool = False
+    """Whether a recycled token counts as many times as it has patches; not in the paper."""
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
