@@ -85,15 +85,28 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
 
 
 def searched(reader: Reader, kind: type[vtc.Method]) -> dict[str, tuple[float, float]]:
-    """What there is to search of a method's space on this model: without what the model refuses at any budget."""
+    """What there is to search of a method's space on this model: without what the model refuses at any budget.
+
+    Whole numbers, such as layers, end where the model does.
+    """
     space = {}
-    for name, limits in kind.space.items():
-        try:
-            with vtc.compressed(reader.model, kind.tuned({name: limits[0]}), 1.0):
-                space[name] = limits
-        except ValueError as error:
-            Console(stderr=True).print(f"{name} stays as it is: {error}", markup=False)
+    for name, (low, high) in kind.space.items():
+        if refusal := _refused(reader, kind, name, low):
+            Console(stderr=True).print(f"{name} stays as it is: {refusal}", markup=False)
+            continue
+        while isinstance(high, int) and high > low and _refused(reader, kind, name, high):
+            high -= 1
+        space[name] = low, high
     return space
+
+
+def _refused(reader: Reader, kind: type[vtc.Method], name: str, value: float) -> str:
+    """Why this model takes no method with such a hyper-parameter; empty where it does."""
+    try:
+        with vtc.compressed(reader.model, kind.tuned({name: value}), 1.0):
+            return ""
+    except ValueError as error:
+        return str(error)
 
 
 def _batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:

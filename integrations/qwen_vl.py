@@ -44,10 +44,7 @@ class QwenVL(Adapter):
         return {"qkv": block.attn.qkv, "rotary": self.backbone.visual.rotary_pos_emb}
 
     def tower_states(self, block: HfModule, record: dict[str, Any], call: dict[str, Any]) -> TowerStates:
-        attention, frames = (
-            block.attn,
-            [height * width for time, height, width in self._grids(call) for _ in range(time)],
-        )
+        attention, frames = block.attn, self._frames(call)
         query, key, _ = record["qkv"].unflatten(-1, (3, attention.num_heads, -1)).transpose(0, 1).unbind(0)
         cos, sin = (self._windowed(table, call)[None] for table in record["rotary"])
 
@@ -58,10 +55,12 @@ class QwenVL(Adapter):
         valid = pad_sequence([torch.ones(frame, dtype=torch.bool) for frame in frames], batch_first=True)
         return TowerStates(states(query), states(key), attention.scaling, valid.to(query.device))
 
+    def patches(self, states: Tensor, call: dict[str, Any]) -> Tensor:
+        return pad_sequence(states.split(self._frames(call)), batch_first=True)
+
     def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         grids, unit = self._grids(call), self.backbone.visual.spatial_merge_size**2
-        frames = [height * width for time, height, width in grids for _ in range(time)]
-        packed = torch.cat([frame[:length] for frame, length in zip(patches, frames, strict=True)])
+        packed = torch.cat([frame[:length] for frame, length in zip(patches, self._frames(call), strict=True)])
         tokens = packed.unflatten(0, (-1, unit)).mean(1)
         if (index := self._window_index(call)) is not None:
             tokens = tokens[index.argsort().to(tokens.device)]
@@ -83,6 +82,10 @@ class QwenVL(Adapter):
     def _grids(self, call: dict[str, Any]) -> list[list[int]]:
         """(time, height, width) in patches of each image or video."""
         return next(call[name] for name in ("image_grid_thw", "video_grid_thw") if name in call).tolist()
+
+    def _frames(self, call: dict[str, Any]) -> list[int]:
+        """The patches of each crop of the tower: an image, or a frame of a video."""
+        return [height * width for time, height, width in self._grids(call) for _ in range(time)]
 
     def _window_index(self, call: dict[str, Any]) -> Tensor | None:
         """The order of merged squares in a tower with windows."""

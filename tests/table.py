@@ -8,6 +8,7 @@ from models import FAMILIES
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.tally import Tally
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
@@ -24,6 +25,9 @@ METHODS = {  # from easy to hard settings
     "random-one": (Random(seed=1), 1),
     "uniform": (Uniform(), 0.25),
     "tome": (ToMe(), 0.4),
+    "tally": (Tally(layer=2), 0.4),
+    "tally-native": (Tally(power=1.5), None),
+    "tally-whole": (Tally(power=1.0), 0.25),
     "vtc-cls": (VtcCls(), 0.4),
     "vtc-cls-ensemble": (VtcCls(layers=3), 5),
     "fastv-native": (FastV(), None),
@@ -37,7 +41,7 @@ METHODS = {  # from easy to hard settings
     "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
 }
 
-MERGING = {"vflowopt", "tome"}
+MERGING = {"vflowopt", "tome", "tally"}
 """Those that do more than drop: for them masking is no oracle."""
 
 BATCHES = {  # images of each row, padding side
@@ -49,7 +53,7 @@ BATCHES = {  # images of each row, padding side
     "video": (("iv", "v"), "left"),
 }
 
-EACH_KIND = ("uniform", "vtc-cls", "fastv-early", "atp", "vflowopt-plain", "transprune-high")
+EACH_KIND = ("uniform", "vtc-cls", "fastv-early", "atp", "vflowopt-plain", "transprune-high", "tally")
 """One method for each kind of stage and of observation: all that is run on each family but the first."""
 
 

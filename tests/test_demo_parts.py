@@ -243,7 +243,7 @@ def test_tiles_of_several_images_that_cannot_be_told_apart():
 
 def test_settings_come_from_the_dataclass():
     fields = settings.components(vtc.list_methods()["vflowopt"])
-    assert list(fields) == ["retain", "threshold", "cell", "alpha", "layers"]
+    assert list(fields) == ["retain", "threshold", "cell", "alpha", "layers", "weighs"]
     assert fields["retain"].value == "0.265, 0.983, 0.877"
     assert "share of the tokens" in fields["retain"].info
     assert settings.components(vtc.list_methods()["vtc-cls"])["ensemble"].choices[0] == ("sum", "sum")

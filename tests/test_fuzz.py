@@ -28,6 +28,7 @@ from transformers.cache_utils import QuantizedLayer
 import vtc
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.tally import Tally
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
@@ -100,7 +101,8 @@ class Case:
 
 def _method(pick: random.Random) -> vtc.Method:
     """A method with settings within their meaning."""
-    kind = pick.choice(["random", "uniform", "vtc-cls", "vtc-cls", "fastv", "fastv", "transprune", "tome", "vflowopt"])
+    kinds = ["random", "uniform", "vtc-cls", "vtc-cls", "fastv", "fastv", "transprune", "tome", "vflowopt", "tally"]
+    kind = pick.choice(kinds)
     if kind == "random":
         return Random(seed=pick.randrange(5))
     if kind == "uniform":
@@ -118,6 +120,8 @@ def _method(pick: random.Random) -> vtc.Method:
         return TransPrune(alpha=pick.choice([0.0, 0.5, 1.0]), layers=pick.choice([None, layers]))
     if kind == "tome":
         return ToMe()
+    if kind == "tally":
+        return Tally(power=pick.choice([1.0, 2.0]), layer=pick.choice([None, 1, 5]))
     return VFlowOpt(cell=pick.choice([0.3, 0.5]), threshold=1.2, alpha=pick.choice([0.0, 0.3]))
 
 
@@ -281,7 +285,7 @@ MODES = [
     *(forward, forward, generate, generate, static, guesses, beams, second_turn, second_image, rows_of_a_cache),
     *(cropped, quantised),
 ]
-MERGING = ("tome", "vflowopt")
+MERGING = ("tome", "vflowopt", "tally")
 
 
 def _placed(model, inputs: dict) -> dict:

@@ -22,6 +22,7 @@ from vtc.grids import evenly_spaced
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.tally import Tally
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
@@ -533,7 +534,7 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
 
 
 def test_an_image_of_one_token_is_kept():
-    for kind in (Random, VtcCls, FastV, TransPrune, VFlowOpt):
+    for kind in (Random, VtcCls, FastV, TransPrune, VFlowOpt, Tally):
         for budget in (0.01, 0.25, 1, 1.0, 64):
             assert set(counts(kind(), 1, budget, Shape(32, 23))) == {1}
     assert counts(Random(), 1, 0, Shape(32, 23)) == (0,)

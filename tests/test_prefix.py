@@ -7,6 +7,7 @@ import torch
 from models import FAMILIES, llava, prompt
 
 import vtc
+from vtc.methods.tally import Tally
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -20,7 +21,7 @@ def parted(inputs):
     return beginning, {name: x for name, x in inputs.items() if name in BY_TOKEN}
 
 
-@pytest.mark.parametrize("method", ["vtc-cls", "tome", "uniform"])
+@pytest.mark.parametrize("method", ["vtc-cls", "tome", "uniform", Tally(power=1.0)], ids=str)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "gemma3", "internvl"])
 def test_answers_are_those_of_separate_prompts(family, method):
     model = FAMILIES[family].model

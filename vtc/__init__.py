@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtc.methods.fastv import FastV
     from vtc.methods.random import Random
     from vtc.methods.random_kv import RandomKv
+    from vtc.methods.tally import Tally
     from vtc.methods.tome import ToMe
     from vtc.methods.transprune import TransPrune
     from vtc.methods.uniform import Uniform
@@ -50,6 +51,7 @@ _HOMES = {
     "Seen": "choice",
     "Shape": "stage",
     "Stage": "stage",
+    "Tally": "methods.tally",
     "ToMe": "methods.tome",
     "Trace": "trace",
     "Trained": "trained",
@@ -80,6 +82,7 @@ __all__ = [
     "Seen",
     "Shape",
     "Stage",
+    "Tally",
     "ToMe",
     "Trace",
     "Trained",

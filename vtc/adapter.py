@@ -75,16 +75,10 @@ class Adapter:
     def decoder_attention(self, layer: HfModule) -> Attention:
         """The attention parts of one decoder layer."""
         attention, config = layer.self_attn, self.decoder.config
-        return Attention(
-            attention.q_proj,
-            attention.k_proj,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            attention.scaling,
-            getattr(attention, "q_norm", None),
-            getattr(attention, "k_norm", None),
-            getattr(attention, "attn_logit_softcapping", None),
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads
+        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        softcap = getattr(attention, "attn_logit_softcapping", None)
+        return Attention(attention.q_proj, attention.k_proj, *heads, attention.scaling, *norms, softcap)
 
     def window(self, layer: HfModule) -> int | None:
         """How many positions back a decoder layer sees; None where it sees all."""
@@ -168,6 +162,10 @@ class Adapter:
         """Queries and keys of one tower block, from the outputs of `tower_modules` and the encoder's arguments."""
         attention = self.tower_attention(block)
         return TowerStates(attention.queries(record["query"]), attention.keys(record["key"]), attention.scale)
+
+    def patches(self, states: Tensor, call: dict[str, Any]) -> Tensor:
+        """The patches of a tower block's output: (crops, patches, width). `call` as in `pack`."""
+        return states[:, int(self.has_cls()) :]
 
     def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         """From a map over the tower's patches, (crops, patches, channels), to (tokens, channels) of each image.

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "faithfulness": accuracy.faithfulness,
     "tune": accuracy.tune,
+    "layers": accuracy.layers,
     "bench": speed.bench,
     "peers": speed.peers,
     "throughput": speed.throughput,

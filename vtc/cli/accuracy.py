@@ -1,4 +1,4 @@
-"""`vtc eval`, `vtc faithfulness` and `vtc tune`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `vtc faithfulness`, `vtc tune` and `vtc layers`: what answers cost in accuracy, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -204,3 +204,36 @@ def tune(
     search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
     best, similarity, defaults = tuning.tune(search, out)
     typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
+
+
+def layers(
+    model: Model = "reference",
+    left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
+) -> None:
+    """Draw which decoder layers read the image: what is lost when it leaves before each of them.
+
+    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
+
+    Example:
+
+      vtc layers --limit 200 --out out/layers
+    """
+    need("matplotlib", "sklearn", extra="eval")
+    quiet()
+    from vtc.eval import folder, scenes
+    from vtc.eval import layers as probe
+    from vtc.eval.reader import load, model_path, pick_device
+
+    say(f"loading {model}")
+    reader = load(model_path(model), pick_device(device))
+    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
+    folder.write_json(out / "layers.json", asked | {"rows": rows})
+    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
+    Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")

@@ -34,6 +34,8 @@ class ToMe(Method):
 
     share: Share | None = None
     """The share of patches that is left before the tower's last block. Never less than the budget, the default."""
+    weighs: bool = False
+    """Whether a group counts in the decoder, too, as many times as it has patches; not in the paper."""
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "ToMe, arXiv 2210.09461"
@@ -52,7 +54,8 @@ class ToMe(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         need = MergedPatches(shape.tower_layers - 1, 1.0 if self.share is None else self.share)
-        return (Stage(0, lambda seen: seen[need][:, 0], (need,), functools.partial(_largest, need)),)
+        largest = functools.partial(_largest, need)
+        return (Stage(0, lambda seen: seen[need][:, 0], (need,), merge.weighed(largest) if self.weighs else largest),)
 
     def ratios(self) -> tuple[float, ...] | None:
         return None if self.share is None else (self.share,)

@@ -17,6 +17,7 @@ import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
 from vtc.grids import Grid
+from vtc.merge import weighed
 from vtc.need import Need
 from vtc.observe import ReceivedAttention, Tower
 from vtc.select import top_k
@@ -50,6 +51,8 @@ class VFlowOpt(Method):
     """Weight of the entropy term."""
     layers: tuple[Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 9 and 18 of 28, scaled to the depth of the decoder."""
+    weighs: bool = False
+    """Whether a recycled token counts as many times as it has patches; not in the paper."""
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
@@ -72,7 +75,8 @@ class VFlowOpt(Method):
 
         needs = (attention, *entropy)
         sites = (0, *shape.layers(self.layers, 9, 18, of=28))
-        selects: tuple[Select, ...] = (partial(recycle, cell=self.cell), top_k, top_k)
+        first: Select = partial(recycle, cell=self.cell)
+        selects = (weighed(first) if self.weighs else first, top_k, top_k)
         return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
 
     def ratios(self) -> tuple[float, ...]:
