@@ -53,13 +53,18 @@ _PHOTO_COLUMNS: dict[Split, tuple[int, int]] = {"train": (0, 400), "val": (400, 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image; `answer` is a single lower-case word or digit."""
+    """One question about one image; `answer` is a single lower-case word or digit.
+
+    `density` is what the image says, in bits a cell or patch: what it takes to say which of the possible values each
+    thing has.
+    """
 
     question_id: str
     task: str
     image: Image.Image
     question: str
     answer: str
+    density: float
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,13 @@ class Scene:
     things: tuple[Thing, ...]
 
     @property
+    def density(self) -> float:
+        """Bits a cell."""
+        values = {"shape": len(COLORS) * len(SHAPES), "dot": len(COLORS)}
+        values |= {"digit": len(COLORS) * len(DIGITS), "word": len(COLORS) * len(WORDS)}
+        return sum(math.log2(values[thing.kind]) for thing in self.things) / CELLS**2
+
+    @property
     def shapes(self) -> list[Thing]:
         return [thing for thing in self.things if thing.kind == "shape"]
 
@@ -131,7 +143,7 @@ def example(split: Split, seed: int, index: int, size: int = 96) -> Example:
     while True:
         found = draw(split, random, size)
         if asked := ask(found, task, random):
-            return Example(f"{split}-{seed}-{index:05d}", task, found.image, *asked)
+            return Example(f"{split}-{seed}-{index:05d}", task, found.image, *asked, found.density)
 
 
 def training_scene(split: Split, seed: int, index: int, size: int = 96) -> tuple[Scene, list[tuple[str, str, str]]]:
