@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import folder, report
+from vtc.eval import benchmarks, folder, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 
@@ -47,6 +47,7 @@ class Settings:
     max_new_tokens: int = 8
     suffix: str = ""
     device: str = "auto"
+    benchmark: str = "scenes"
 
 
 @dataclass
@@ -69,21 +70,20 @@ def evaluate(
 
     With `dry_run` it writes nothing and ends when every arm answered one question.
 
-    Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and for a folder that holds
-    another run.
+    Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
+    folder that holds another run.
     """
-    from vtc.eval import scenes
-
     _check(settings)
+    benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
     if dry_run:
-        plan(load(path, device), settings, scenes.example("test", settings.seed, 0))
+        plan(load(path, device), settings, benchmark.example("test", settings.seed, 0))
         return []
     reader = load(path, device, settings.max_new_tokens)
     digests = method_digests(reader.model, {name: name for name in settings.methods}, settings.budgets)
     folder.open_folder(out, folder.configuration(settings, path, device, digests), restart)
     store = Store(out / "results.jsonl")
-    examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
+    examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
     arms = plan(reader, settings, examples[0])
     with _progress(console, len(examples) * len(arms)) as tick:
         for batch in _batches(examples, settings.batch_size):
@@ -94,7 +94,8 @@ def evaluate(
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
     rows = report.summarise(groups, settings.seed)
     folder.write_json(out / "summary.json", rows)
-    report.picture(rows, out / "curve.png", f"{settings.model}: accuracy over {len(examples)} questions of scenes")
+    title = f"{settings.model}: accuracy over {len(examples)} questions of {settings.benchmark}"
+    report.picture(rows, out / "curve.png", title)
     return rows
 
 
@@ -152,6 +153,7 @@ def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store) -> 
         yield {
             "question_id": example.question_id,
             "task": example.task,
+            "density": example.density,
             "method": arm.method,
             "budget": arm.budget,
             "tokens": count,

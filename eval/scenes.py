@@ -64,7 +64,7 @@ class Example:
     image: Image.Image
     question: str
     answer: str
-    density: float
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Thing:
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
-    def patches(self, patch: int, grid: int) -> list[int]:
+    def patches(self, patch: float, grid: int) -> list[int]:
         """Raster indices of the patches (of `patch` pixels, `grid` a side) that its box touches."""
         left, top, right, bottom = self.box
-        rows = range(top // patch, (bottom - 1) // patch + 1)
-        columns = range(left // patch, (right - 1) // patch + 1)
+        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
+        columns = range(int(left // patch), int((right - 1) // patch) + 1)
         return [row * grid + column for row in rows for column in columns]
 
 

@@ -25,6 +25,7 @@ from vtc.eval.reader import Reader, load, model_path
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
+LINE |= {"density"}
 
 
 # -- scoring and statistics -----------------------------------------------------------------------------------------

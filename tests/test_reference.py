@@ -96,7 +96,7 @@ def test_subsets_are_sorted_and_of_every_size():
 
 def test_patch_labels_say_what_is_there():
     batch = make_batch("train", 0, 0, 4, TINY)
-    for row, things in enumerate(batch.things):
+    for row, things in enumerate([sample.things for sample in batch.samples]):
         for thing in things:
             words = [encode(f" {word}")[0] for word in thing.words]
             for patch in thing.patches(8, 12):
@@ -148,7 +148,7 @@ def test_the_large_preset_takes_the_same_path():
     with torch.no_grad():
         states = look(big, batch.pixels)
         keep = torch.arange(0, 576, 9)[None]
-        text: Pack = pack([[batch.asked[0][0][1:]]])
+        text: Pack = pack([[batch.samples[0].asked[0][1:]]])
         hidden = read(big, big.model.multi_modal_projector(gather(states[-1][:, 1:], keep)), keep, text)
     assert hidden.shape == (*text.ids.shape, large.text[0])
 

@@ -100,10 +100,14 @@ def evaluate(
         str,
         typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
     ] = "0.5,0.25,0.11",
+    benchmark: Annotated[
+        str,
+        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+    ] = "scenes",
     tasks: Annotated[
         str,
         typer.Option(
-            help="Benchmarks of lmms-eval instead of scenes, comma-separated: pope,mme,gqa,... Their own prompts, "
+            help="Benchmarks of lmms-eval instead, comma-separated: pope,mme,gqa,... Their own prompts, "
             "metrics and lengths count; --suffix and --max-new-tokens do not."
         ),
     ] = "",
@@ -112,7 +116,8 @@ def evaluate(
         str, typer.Option(help="With --tasks: over what task files ask of generation, such as max_new_tokens=16.")
     ] = "",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task; unless given 1000 of scenes, all of a benchmark.")
+        int | None,
+        typer.Option(min=1, help="Questions of each task; unless given 1000, or with --tasks all of a benchmark."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
@@ -136,7 +141,7 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Measure accuracy against token budget on the scenes benchmark, or with --tasks on benchmarks of lmms-eval.
+    """Measure accuracy against token budget on scenes or pages, or with --tasks on benchmarks of lmms-eval.
 
     Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
     config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
@@ -147,6 +152,8 @@ def evaluate(
       vtc eval --limit 200 --out out/first
 
       vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
+
+      vtc eval --benchmark pages --model out/both/model --out out/pages --by-task
 
       vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
 
@@ -162,7 +169,7 @@ def evaluate(
     console = Console()
     if tasks:
         if by_task or faithfulness or suffix:
-            raise typer.BadParameter("--by-task, --faithfulness and --suffix are for scenes, not for --tasks")
+            raise typer.BadParameter("--by-task, --faithfulness and --suffix are for --benchmark, not for --tasks")
         more = str(include_path.absolute()) if include_path else None
         asked = suites.Settings(_split(tasks), model, chosen, spend, limit, seed, batch_size, device, more, gen_kwargs)
         _suites(asked, out, restart, dry_run, console)
@@ -170,9 +177,11 @@ def evaluate(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
     if faithfulness:
-        _faithfulness(model, chosen, limit or 1000, seed, device, out, console)
+        _faithfulness(model, chosen, benchmark, limit or 1000, seed, device, out, console)
         return
-    settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
+    settings = run.Settings(
+        model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device, benchmark
+    )
     _say(f"loading {model}")
     rows = run.evaluate(settings, out, restart=restart, dry_run=dry_run, console=Console(stderr=True))
     if dry_run:
@@ -200,13 +209,21 @@ def _suites(settings: Any, out: Path, restart: bool, dry_run: bool, console: Con
 
 
 def _faithfulness(
-    model: str, methods: tuple[str, ...], limit: int, seed: int, device: str, out: Path, console: Console
+    model: str,
+    methods: tuple[str, ...],
+    benchmark: str,
+    limit: int,
+    seed: int,
+    device: str,
+    out: Path,
+    console: Console,
 ) -> None:
-    from vtc.eval import faithfulness, scenes
+    from vtc.eval import benchmarks, faithfulness
     from vtc.eval.reader import load, model_path, pick_device
 
+    examples = benchmarks.find(benchmark).load("test", limit, seed)
     reader = load(model_path(model), pick_device(device))
-    rows = faithfulness.faithfulness(reader, scenes.load("test", limit, seed), methods)
+    rows = faithfulness.faithfulness(reader, examples, methods)
     out.mkdir(parents=True, exist_ok=True)
     (out / "faithfulness.json").write_text(json.dumps(rows, indent=2) + "\n")
     console.print(faithfulness.table(rows))

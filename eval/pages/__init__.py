@@ -14,11 +14,25 @@ from __future__ import annotations
 from random import Random
 from typing import get_args
 
-from vtc.eval.pages.content import KINDS, LEVELS, SIDE, TASKS, Page, ask, caption, kind_of, tasks_of, write
+from vtc.eval.pages.content import KINDS, LEVELS, SIDE, TASKS, WORDS, Fact, Page, ask, caption, kind_of, tasks_of, write
 from vtc.eval.pages.drawing import draw
 from vtc.eval.scenes import Example, Image, Split
 
-__all__ = ["KINDS", "LEVELS", "SIDE", "TASKS", "Page", "caption", "draw", "example", "load", "training_page", "write"]
+__all__ = [
+    "KINDS",
+    "LEVELS",
+    "SIDE",
+    "TASKS",
+    "WORDS",
+    "Fact",
+    "Page",
+    "caption",
+    "draw",
+    "example",
+    "load",
+    "training_page",
+    "write",
+]
 
 QUESTIONS = 6
 """How often training asks each task about a page; repeats are left out."""

@@ -65,11 +65,11 @@ class Fact:
         values["place"] = len(MARKERS) * len(COLORS)
         return math.log2(values[self.kind])
 
-    def patches(self, patch: int, grid: int) -> list[int]:
-        """Raster indices of the patches (of `patch` pixels, `grid` a side) that its box touches."""
+    def patches(self, patch: float, grid: int) -> list[int]:
+        """Raster indices of the patches (of `patch` pixels, `grid` a side) that its ink touches, once it is drawn."""
         left, top, right, bottom = self.box
-        rows = range(int(top) // patch, (math.ceil(bottom) - 1) // patch + 1)
-        columns = range(int(left) // patch, (math.ceil(right) - 1) // patch + 1)
+        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
+        columns = range(int(left // patch), int((right - 1) // patch) + 1)
         return [row * grid + column for row in rows for column in columns]
 
 
