@@ -472,8 +472,10 @@ def _tokens(answer: Any) -> str:
 @train_app.command(name="reference")
 def train_reference(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints; the same command resumes.")] = Path("out/reference"),
-    preset: Annotated[str, typer.Option(help="small: 2 CPU cores; large: 336-pixel images, for a GPU.")] = "small",
-    seed: Annotated[int, typer.Option(help="Of weights, scenes and subsets.")] = 0,
+    preset: Annotated[
+        str, typer.Option(help="small: what ships, 2 CPU cores; both: reads pages, too; large: 336 pixels, GPU.")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Of weights, images and subsets.")] = 0,
 ) -> None:
     """Train the reference model from nothing; model and processor end up in OUT/model.
 
