@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from random import Random
@@ -9,7 +10,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from vtc.eval import pages, scenes
+from vtc.eval import pages, scenes, tasks
 from vtc.eval.pages import KINDS, LEVELS, SIDE, TASKS, Page, content
 from vtc.eval.pages.content import MARKERS, WORDS, Fact
 from vtc.eval.scenes import COLORS, SHAPES, Example
@@ -49,6 +50,19 @@ def test_what_a_page_says_belongs_to_one_split_alone():
     assert not shares["train"] & shares["test"]
     assert not shares["train"] & shares["val"]
     assert not shares["val"] & shares["test"]
+
+
+@pytest.mark.parametrize("benchmark", [pages, scenes])
+def test_lmms_eval_scores_every_task(benchmark):
+    name = benchmark.__name__.rpartition(".")[2]
+    (source,) = [json.loads(line) for line in (tasks.PATH / f"vtc_{name}.json").read_text().splitlines()]
+    doc = {**source, "index": 5}
+    expected = benchmark.example("test", 0, 5)
+    assert (tasks.question(doc), tasks.answer(doc)) == (expected.question, expected.answer)
+    assert tasks.images(doc)[0].tobytes() == expected.image.tobytes()
+    assert tasks.score(doc, [expected.answer]) == {"accuracy": 1, f"accuracy_{expected.task}": 1}
+    metrics = re.findall(r"metric: (\w+)", (tasks.PATH / f"vtc_{name}.yaml").read_text())
+    assert metrics == ["accuracy", *(f"accuracy_{task}" for task in benchmark.TASKS)]
 
 
 def test_an_unknown_split_is_refused():

@@ -473,7 +473,7 @@ def _tokens(answer: Any) -> str:
 def train_reference(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints; the same command resumes.")] = Path("out/reference"),
     preset: Annotated[
-        str, typer.Option(help="small: what ships, 2 CPU cores; both: reads pages, too; large: 336 pixels, GPU.")
+        str, typer.Option(help="small: what ships, 2 CPU cores; both: reads pages, too; large: 336 pixels, for a GPU.")
     ] = "small",
     seed: Annotated[int, typer.Option(help="Of weights, images and subsets.")] = 0,
 ) -> None:
@@ -483,7 +483,7 @@ def train_reference(
 
       vtc train reference --out out/reference && vtc eval --model out/reference/model
     """
-    _need("sklearn", extra="eval")
+    _need("matplotlib", "sklearn", extra="eval")
     _quiet()
     from vtc.eval.reference.train import train
 
