@@ -14,9 +14,12 @@ from __future__ import annotations
 from random import Random
 from typing import get_args
 
+from PIL import Image
+
+from vtc.eval.material import Split
 from vtc.eval.pages.content import KINDS, LEVELS, SIDE, TASKS, WORDS, Fact, Page, ask, caption, kind_of, tasks_of, write
 from vtc.eval.pages.drawing import draw
-from vtc.eval.scenes import Example, Image, Split
+from vtc.eval.scenes import Example
 
 __all__ = [
     "KINDS",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import chain
 from random import Random
 
-from vtc.eval.scenes import _CLEAR, _DIGIT_SPLITS, COLORS, DIGITS, SHAPES, Split
+from vtc.eval.material import TENTHS, Split
+from vtc.eval.scenes import CLEAR, COLORS, DIGITS, SHAPES
 
 WORDS = (
     *("clay", "dirt", "duck", "dusk", "dust", "egg", "fawn", "fern", "fire", "foam", "frog", "gold"),
@@ -95,7 +96,7 @@ def write(split: Split, kind: str, level: int, random: Random) -> Page:
     hold the same text."""
     while True:
         page = Page(kind, level, tuple(_WRITE[kind](level - 1, random)))
-        if share(page.facts) in _DIGIT_SPLITS[split]:
+        if share(page.facts) in TENTHS[split]:
             return page
 
 
@@ -225,7 +226,7 @@ def _camouflage(level: int, random: Random) -> list[Fact]:
     slots = [*chain(*_slots(cells, cells, (0, 0, SIDE, SIDE)))]
     names = [*others, *others, *random.choices(others, k=len(slots) - 6)]
     random.shuffle(names)
-    place = random.choice([i for i, box in enumerate(slots) if abs((box[0] + box[2]) / 2 - SIDE / 2) > _CLEAR * SIDE])
+    place = random.choice([i for i, box in enumerate(slots) if abs((box[0] + box[2]) / 2 - SIDE / 2) > CLEAR * SIDE])
     while min(Counter(names[:place] + names[place + 1 :]).values()) < 2:
         random.shuffle(names)
     names[place] = odd

@@ -9,8 +9,9 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from vtc.eval.material import COLUMNS, Split, digits, photographs, shape_mask
 from vtc.eval.pages.content import SIDE, Fact, Page
-from vtc.eval.scenes import _PHOTO_COLUMNS, COLORS, Split, _digits, _photos, _shape_mask
+from vtc.eval.scenes import COLORS
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 """Typefaces that matplotlib ships."""
@@ -47,8 +48,8 @@ def draw(page: Page, split: Split, random: Random, size: int = SIDE) -> tuple[Im
 
 def _crop(split: Split, random: Random, size: int) -> Image.Image:
     """A square of a photograph, from the columns that belong to the split."""
-    photo = random.choice(_photos())
-    low, high = _PHOTO_COLUMNS[split]
+    photo = random.choice(photographs())
+    low, high = COLUMNS[split]
     side = random.randint(60, 100)
     left, top = random.randint(low, high - side), random.randint(0, photo.height - side)
     crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -140,12 +141,12 @@ def _put_shape(
     fact: Fact, image: Image.Image, slot: tuple[float, ...], style: _Style, random: Random
 ) -> tuple[int, ...]:
     side = round(style.scale * (9 if fact.kind == "place" else random.choice((10, 11, 12))))
-    mask = _shape_mask(fact.name, side)
+    mask = shape_mask(fact.name, side)
     left = round((slot[0] + slot[2] - side) / 2)
     top = round((slot[1] + slot[3] - side) / 2)
     if fact.kind == "place":
         shade = _near(COLORS[fact.of[0]], 12, random)
-        image.paste((0, 0, 0), (left - 1, top - 1), _shape_mask(fact.name, side + 2))
+        image.paste((0, 0, 0), (left - 1, top - 1), shape_mask(fact.name, side + 2))
     else:  # the tint of the ground under it, a little lighter or darker
         ground = image.crop((left, top, left + side, top + side)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
         step = random.randint(38, 55) * (1 if sum(ground) < 3 * 128 else -1)
@@ -159,7 +160,7 @@ def _near(color: tuple[int, int, int], spread: int, random: Random) -> tuple[int
 
 
 def _handwritten(digit: str, split: Split, side: int, random: Random) -> Image.Image:
-    mask = random.choice([mask for name, mask in _digits(split) if name == digit])
+    mask = random.choice([mask for name, mask in digits(split) if name == digit])
     return mask.resize((side, side), Image.Resampling.BICUBIC)
 
 
