@@ -134,8 +134,9 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = ("run", "folder", "reader", "scenes", "suites", "suite_model", "arguments")
+    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
     files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
+    files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())

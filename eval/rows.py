@@ -39,6 +39,8 @@ class Line(Asked):
     """False or true, or what a benchmark gave the question, 0 to 1; None where it gives single questions nothing."""
     agrees: bool
     """Whether the full model says the same."""
+    density: NotRequired[float]
+    """Bits that the image shows a patch, where a benchmark of vtc's own knows it."""
 
 
 class Row(TypedDict):

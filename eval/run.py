@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import folder, progress, report
+from vtc.eval import benchmarks, folder, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
@@ -44,6 +44,7 @@ class Settings:
     max_new_tokens: int = 8
     suffix: str = ""
     device: str = "auto"
+    benchmark: str = "scenes"
 
 
 @dataclass
@@ -67,12 +68,11 @@ def evaluate(
     With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
     question. With `bar` stderr shows how far it is.
 
-    Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and for a folder that holds
-    another run.
+    Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
+    folder that holds another run.
     """
-    from vtc.eval import scenes
-
     _check(settings)
+    benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
     reader = load(path, device, settings.max_new_tokens)
     methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
@@ -80,11 +80,11 @@ def evaluate(
     config = folder.configuration(settings, path, device, digests)
     if dry_run:
         folder.check(out, config, restart)
-        plan(reader, settings, scenes.example("test", settings.seed, 0))
+        plan(reader, settings, benchmark.example("test", settings.seed, 0))
         return []
     folder.open_folder(out, config, restart)
     store: Store[Line] = Store(out / "results.jsonl")
-    examples = scenes.load(split="test", limit=settings.limit, seed=settings.seed)
+    examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
     arms = plan(reader, settings, examples[0])
     with progress.bar("questions", len(examples) * len(arms), shown=bar) as tick:
         for batch in _batches(examples, settings.batch_size):
@@ -95,7 +95,8 @@ def evaluate(
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
     rows = report.summarise(groups, settings.seed)
     folder.write_json(out / "summary.json", rows)
-    report.picture(rows, out / "curve.png", f"{settings.model}: accuracy over {len(examples)} questions of scenes")
+    title = f"{settings.model}: accuracy over {len(examples)} questions of {settings.benchmark}"
+    report.picture(rows, out / "curve.png", title)
     return rows
 
 
@@ -155,6 +156,7 @@ def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line
         yield {
             "question_id": example.question_id,
             "task": example.task,
+            "density": example.density,
             "method": arm.method,
             "budget": arm.budget,
             "tokens": count,

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
-Split = Literal["train", "val", "test"]
+from vtc.eval.material import COLUMNS, Split, digits, photographs, shape_mask
 
 COLORS = {
     "red": (230, 45, 45),
@@ -44,22 +44,25 @@ CELLS = 12
 _FOOTPRINT = {"shape": (2, 2), "digit": (2, 2), "word": (3, 2), "dot": (1, 1)}
 _ASKED = {task: 1 for task in TASKS} | {"color": 2, "shape": 2, "exist": 4, "position": 3, "relation": 3}
 """How often training asks each task about a scene: more often where there is more to ask and more to learn."""
-_CLEAR = 0.09
+CLEAR = 0.09
 """How far, as a part of the width, a thing's centre must be off the middle to be asked about, and half of how far
 two must be apart: nobody has to guess."""
-_DIGIT_SPLITS: dict[Split, tuple[int, ...]] = {"train": (0, 1, 2, 3, 4, 5, 6), "val": (7,), "test": (8, 9)}
-_PHOTO_COLUMNS: dict[Split, tuple[int, int]] = {"train": (0, 400), "val": (400, 500), "test": (500, 640)}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image; `answer` is a single lower-case word or digit."""
+    """One question about one image; `answer` is a single lower-case word or digit.
+
+    `density` is what the image says, in bits a cell or patch: what it takes to say which of the possible values each
+    thing has.
+    """
 
     question_id: str
     task: str
     image: Image.Image
     question: str
     answer: str
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,11 @@ class Thing:
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
-    def patches(self, patch: int, grid: int) -> list[int]:
+    def patches(self, patch: float, grid: int) -> list[int]:
         """Raster indices of the patches (of `patch` pixels, `grid` a side) that its box touches."""
         left, top, right, bottom = self.box
-        rows = range(top // patch, (bottom - 1) // patch + 1)
-        columns = range(left // patch, (right - 1) // patch + 1)
+        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
+        columns = range(int(left // patch), int((right - 1) // patch) + 1)
         return [row * grid + column for row in rows for column in columns]
 
 
@@ -103,6 +106,13 @@ class Scene:
 
     image: Image.Image
     things: tuple[Thing, ...]
+
+    @property
+    def density(self) -> float:
+        """Bits a cell."""
+        values = {"shape": len(COLORS) * len(SHAPES), "dot": len(COLORS)}
+        values |= {"digit": len(COLORS) * len(DIGITS), "word": len(COLORS) * len(WORDS)}
+        return sum(math.log2(values[thing.kind]) for thing in self.things) / CELLS**2
 
     @property
     def shapes(self) -> list[Thing]:
@@ -131,7 +141,7 @@ def example(split: Split, seed: int, index: int, size: int = 96) -> Example:
     while True:
         found = draw(split, random, size)
         if asked := ask(found, task, random):
-            return Example(f"{split}-{seed}-{index:05d}", task, found.image, *asked)
+            return Example(f"{split}-{seed}-{index:05d}", task, found.image, *asked, found.density)
 
 
 def training_scene(split: Split, seed: int, index: int, size: int = 96) -> tuple[Scene, list[tuple[str, str, str]]]:
@@ -206,7 +216,7 @@ def _position(scene: Scene, random: Random) -> tuple[str, str] | None:
     width, height = scene.image.size
     axis = random.randrange(2)
     low, high, middle = (("left", "right", width / 2), ("top", "bottom", height / 2))[axis]
-    things = [thing for thing in scene.nameable() if abs(thing.center[axis] - middle) >= _CLEAR * width]
+    things = [thing for thing in scene.nameable() if abs(thing.center[axis] - middle) >= CLEAR * width]
     if not things:
         return None
     thing = random.choice(things)
@@ -215,7 +225,7 @@ def _position(scene: Scene, random: Random) -> tuple[str, str] | None:
 
 def _relation(scene: Scene, random: Random) -> tuple[str, str] | None:
     things = scene.nameable()
-    gap = 2 * _CLEAR * scene.image.width
+    gap = 2 * CLEAR * scene.image.width
     pairs = [(a, b) for a in things for b in things if abs(a.center[0] - b.center[0]) >= gap]
     if not pairs:
         return None
@@ -272,11 +282,11 @@ def _put(kind: str, cell: tuple[int, int], image: Image.Image, split: Split, ran
     color = random.choice(list(COLORS))
     if kind == "shape":
         name = random.choice(SHAPES)
-        mask = _shape_mask(name, round(unit * random.choice((1.0, 1.125, 1.25, 1.375, 1.5))))
+        mask = shape_mask(name, round(unit * random.choice((1.0, 1.125, 1.25, 1.375, 1.5))))
     elif kind == "dot":
-        name, mask = "dot", _shape_mask("circle", round(unit * random.choice((0.5, 0.625))))
+        name, mask = "dot", shape_mask("circle", round(unit * random.choice((0.5, 0.625))))
     elif kind == "digit":
-        pick = random.choice(_digits(split))
+        pick = random.choice(digits(split))
         upright = pick[1].resize((round(unit * 1.75),) * 2, Image.Resampling.BICUBIC)
         name, mask = pick[0], upright.rotate(random.uniform(-12, 12), Image.Resampling.BILINEAR)
     else:
@@ -292,8 +302,8 @@ def _put(kind: str, cell: tuple[int, int], image: Image.Image, split: Split, ran
 
 def _background(split: Split, random: Random, size: int) -> Image.Image:
     """A dimmed square crop of a photograph, from the columns that belong to the split."""
-    photo = random.choice(_photos())
-    low, high = _PHOTO_COLUMNS[split]
+    photo = random.choice(photographs())
+    low, high = COLUMNS[split]
     side = random.randint(60, 96)
     left, top = random.randint(low, high - side), random.randint(0, photo.height - side)
     crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -314,50 +324,9 @@ def _clutter(image: Image.Image, random: Random) -> None:
 
 
 @cache
-def _shape_mask(name: str, size: int) -> Image.Image:
-    """The shape as a smooth mask of size x size pixels."""
-    big = 8 * size
-    mask = Image.new("L", (big, big))
-    pen = ImageDraw.Draw(mask)
-    last = big - 1
-    if name in ("circle", "ring"):
-        pen.ellipse((0, 0, last, last), fill=255)
-        if name == "ring":
-            pen.ellipse((0.27 * big, 0.27 * big, 0.73 * big, 0.73 * big), fill=0)
-    elif name == "square":
-        pen.rectangle((0.05 * big, 0.05 * big, 0.95 * big, 0.95 * big), fill=255)
-    elif name == "triangle":
-        pen.polygon([(last / 2, 0), (last, last), (0, last)], fill=255)
-    elif name == "diamond":
-        pen.polygon([(last / 2, 0), (last, last / 2), (last / 2, last), (0, last / 2)], fill=255)
-    else:
-        pen.rectangle((0.35 * big, 0, 0.65 * big, last), fill=255)
-        pen.rectangle((0, 0.35 * big, last, 0.65 * big), fill=255)
-    return mask.resize((size, size), Image.Resampling.BOX)
-
-
-@cache
 def _word_mask(word: str, size: int) -> Image.Image:
     """The word in Pillow's own typeface, cropped to its ink."""
     font = ImageFont.load_default(size=size)
     mask = Image.new("L", (4 * size, 3 * size))
     ImageDraw.Draw(mask).text((size, size), word, fill=255, font=font, stroke_width=size / 40)
     return mask.crop(mask.getbbox())
-
-
-@cache
-def _digits(split: Split) -> list[tuple[str, Image.Image]]:
-    """(digit, 8 x 8 mask) of the split's handwriting samples."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    mine = [i for i in range(len(data.target)) if i % 10 in _DIGIT_SPLITS[split]]
-    masks = (data.images * (255 / 16)).clip(0, 255).astype("uint8")
-    return [(str(data.target[i]), Image.fromarray(masks[i])) for i in mine]
-
-
-@cache
-def _photos() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images
-
-    return [Image.fromarray(pixels) for pixels in load_sample_images().images]

@@ -20,13 +20,14 @@ from PIL import Image, ImageFile
 from rich.console import Console
 
 import vtc
-from vtc.eval import progress, report, run, scenes
+from vtc.eval import pages, progress, report, run, scenes
 from vtc.eval.images import MAX_PIXELS, open_image, overlay, seen_box
 from vtc.eval.reader import Reader, load, model_path
 from vtc.eval.rows import Line, Row
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
+LINE |= {"density"}
 
 
 # -- scoring and statistics -----------------------------------------------------------------------------------------
@@ -162,6 +163,17 @@ def test_a_budget_below_the_floor_is_run_at_the_floor_and_says_so(finished, tiny
     assert row["tokens"] == pytest.approx(16 * error.value.floor)
     assert [key for key, row in rows.items() if not row["reachable"]] == [("fastv", "0.1")]
     assert {key: row["at_floor"] for key, row in rows.items() if row["at_floor"]} == {("fastv", "0.1"): 6}
+
+
+def test_the_questions_are_those_of_the_benchmark(settings, tmp_path):
+    asked = replace(settings, benchmark="pages", methods=("uniform",), budgets=(0.5,), limit=12, seed=0)
+    run.evaluate(asked, tmp_path / "pages")
+    expected = {e.question_id: (e.task, e.answer, e.density) for e in pages.load("test", limit=12)}
+    for line in read_lines(tmp_path / "pages"):
+        assert (line["task"], line["answer"], line["density"]) == expected[line["question_id"]]
+    with pytest.raises(ValueError, match="scenes, pages"):
+        run.evaluate(replace(settings, benchmark="photographs"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_each_image_is_at_its_own_floor(monkeypatch, tmp_path):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vtc.eval import reference, scenes
+from vtc.eval import pages, reference, scenes
 from vtc.eval.reference.data import Batch, Pack, encode, head, make_batch, pack, to_pixels
 from vtc.eval.reference.model import PRESETS, build_model, build_processor
 from vtc.eval.reference.network import cls_attention, gather, look, read
 from vtc.eval.reference.train import Trainer, subset, train
 
 TINY = PRESETS["tiny"]
+BOTH = replace(PRESETS["tiny"], size=120, benchmarks=("pages", "scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,42 @@ def test_every_answer_is_one_token_and_nothing_is_unknown(processor):
     assert all(len(encode(f" {word}")) == 1 for word in words)
     text = "Ünïcode, 漢字 and a made-up wörd?"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_words_of_pages_are_one_token_each():
+    names = [*pages.WORDS, *scenes.COLORS, *scenes.SHAPES, *scenes.DIGITS, *scenes.WORDS, *scenes.COUNTS.values()]
+    names += ["one", "word", "digit", "bar", "place", "shape", "once", "left", "right", "top", "bottom", "nothing"]
+    assert all(len(encode(f" {name}", BOTH.benchmarks)) == 1 for name in names)
+    assert len({encode(f" {name}", BOTH.benchmarks) for name in names}) == len(set(names))
+    asked = [example.question for example in pages.load("val", limit=36)]
+    assert max(len(encode(question, BOTH.benchmarks)) for question in asked) <= 12
+
+
+@pytest.mark.parametrize("benchmark", [pages, scenes])
+def test_a_model_of_both_sees_in_training_what_its_processor_shows(benchmark):
+    processor, example = build_processor(BOTH), benchmark.example("test", 0, 7)
+    inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
+    block = pack([[(example.question, example.answer)]], BOTH.benchmarks)
+    asked = block.ids[0, : int((block.target[0] >= 0).nonzero()[0]) + 1].tolist()
+    assert inputs["input_ids"][0].tolist() == [*block.head[0].tolist(), *[processor.image_token_id] * 225, *asked]
+    seen = (to_pixels(example.image, BOTH.size) / 255 - 0.25) / 0.25
+    torch.testing.assert_close(inputs["pixel_values"][0], seen)
+
+
+def test_a_batch_of_both_takes_turns_and_names_what_stands_on_each_patch():
+    batch = make_batch("train", 0, 5, 6, BOTH)
+    assert [sample.benchmark for sample in batch.samples] == ["scenes", "pages"] * 3
+    for row, sample in enumerate(batch.samples):
+        for thing in sample.things:
+            left, top, right, bottom = (edge * 120 / sample.image.width for edge in thing.box)
+            named = encode(f" {thing.name}", BOTH.benchmarks)[0]
+            for patch in range(225):
+                x, y = 8 * (patch % 15), 8 * (patch // 15)
+                inside = left < x + 8 and x < right - 1e-6 and top < y + 8 and y < bottom - 1e-6
+                words = batch.patch_words[row, patch].tolist()
+                if inside and -1 in words and min(x + 8, right) - max(x, left) > 1.3 < min(y + 8, bottom) - max(y, top):
+                    assert named in words
+    assert batch.present.sum(1).min() > 1
 
 
 def test_the_prompt_is_what_training_shows(processor):
@@ -96,7 +136,7 @@ def test_subsets_are_sorted_and_of_every_size():
 
 def test_patch_labels_say_what_is_there():
     batch = make_batch("train", 0, 0, 4, TINY)
-    for row, things in enumerate(batch.things):
+    for row, things in enumerate([sample.things for sample in batch.samples]):
         for thing in things:
             words = [encode(f" {word}")[0] for word in thing.words]
             for patch in thing.patches(8, 12):
@@ -133,6 +173,21 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch):
         train(tmp_path / "killed", "tiny", read_steps=7, workers=0, compiled=False)
 
 
+def test_both_are_trained_together_and_reported_apart(tmp_path):
+    trainer = Trainer(tmp_path, BOTH, seed=0)
+    for step in range(BOTH.tower_steps + BOTH.read_steps):
+        trainer.advance(make_batch("train", 0, *BOTH.span(step), BOTH))
+    line = trainer.report(rows=24)
+    assert set(re.findall(r"(\w+) [\d.n]+ \(", line)) == {"pages", "scenes"}
+    assert set(re.findall(r"[( ](\w+) [\d.]+(?=[ )])", line)) >= {*pages.TASKS, *scenes.TASKS}
+
+
+def test_a_model_of_both_is_under_40_megabytes():
+    preset = PRESETS["both"]
+    model = build_model(preset, build_processor(preset).tokenizer)
+    assert 4 * sum(p.numel() for p in model.parameters()) < 40e6
+
+
 def test_an_unknown_preset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="small"):
         train(tmp_path, "huge")
@@ -148,7 +203,7 @@ def test_the_large_preset_takes_the_same_path():
     with torch.no_grad():
         states = look(big, batch.pixels)
         keep = torch.arange(0, 576, 9)[None]
-        text: Pack = pack([[batch.asked[0][0][1:]]])
+        text: Pack = pack([[batch.samples[0].asked[0][1:]]])
         hidden = read(big, big.model.multi_modal_projector(gather(states[-1][:, 1:], keep)), keep, text)
     assert hidden.shape == (*text.ids.shape, large.text[0])
 

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from vtc.eval import scenes
+from vtc.eval import material, scenes
 from vtc.eval.scenes import COLORS, COUNTS, SHAPES, TASKS, Scene, Thing
 
 
@@ -37,11 +37,11 @@ def test_seeds_and_splits_share_no_image(test_set):
 
 
 def test_splits_share_no_real_material():
-    digits = {split: [mask.tobytes() for _, mask in scenes._digits(split)] for split in ("train", "val", "test")}
+    digits = {split: [mask.tobytes() for _, mask in material.digits(split)] for split in ("train", "val", "test")}
     assert sum(map(len, digits.values())) == 1797
     assert not set(digits["train"]) & set(digits["test"])
     assert not set(digits["train"]) & set(digits["val"])
-    columns = sorted(scenes._PHOTO_COLUMNS.values())
+    columns = sorted(material.COLUMNS.values())
     assert all(end <= start for (_, end), (start, _) in pairwise(columns))
 
 

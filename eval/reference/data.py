@@ -1,4 +1,4 @@
-"""Training batches: scenes with labels for the tower, questions packed behind one image for the decoder."""
+"""Training batches: images with labels for the tower, questions packed behind one image for the decoder."""
 
 from __future__ import annotations
 
@@ -8,87 +8,124 @@ from functools import cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vtc.eval import scenes
+from vtc.eval import benchmarks as known
+from vtc.eval import pages, scenes
+from vtc.eval.pages import Fact
 from vtc.eval.reference.model import ASSISTANT, BOS, EOS, SYSTEM, USER, Preset, shared_tokenizer
 from vtc.eval.scenes import Thing
 
 QUESTIONS = 12
 """Packed behind an image, beside its caption."""
-WORDS_A_PATCH = 8
+WORDS_A_PATCH = 12
 """A patch that two things touch is named by both."""
 
 
 @dataclass
 class Batch:
     """pixels (batch, 3, size, size) uint8; patch_words (batch, patches, WORDS_A_PATCH) token ids, -1 for none; present
-    (batch, len(labels())) float, the kinds of thing that the image shows."""
+    (batch, len(labels(...))) float, the kinds of thing that the image shows."""
 
     pixels: Tensor
     patch_words: Tensor
     present: Tensor
-    things: list[tuple[Thing, ...]]
-    asked: list[list[tuple[str, str, str]]]
+    samples: list[Sample]
+
+
+@dataclass
+class Sample:
+    """An image of a benchmark at its own size, what is on it in reading order, and (task, question, answer)s."""
+
+    benchmark: str
+    image: Image.Image
+    things: tuple[Thing | Fact, ...]
+    asked: list[tuple[str, str, str]]
+
+    def touched(self, thing: Thing | Fact, grid: int) -> list[int]:
+        """Raster indices of the patches that a thing touches, of `grid` x `grid` over the image."""
+        return thing.patches(self.image.width / grid, grid)
+
+    def caption(self, kept: set[int], grid: int) -> str:
+        """The things that these patches touch."""
+        seen = [thing for thing in self.things if kept.intersection(self.touched(thing, grid))]
+        return known.find(self.benchmark).caption(seen)
 
 
 @cache
-def encode(text: str) -> tuple[int, ...]:
-    return tuple(shared_tokenizer().encode(text, add_special_tokens=False))
+def encode(text: str, benchmarks: tuple[str, ...] = ("scenes",)) -> tuple[int, ...]:
+    return tuple(shared_tokenizer(benchmarks).encode(text, add_special_tokens=False))
 
 
 @cache
-def head() -> tuple[int, ...]:
+def head(benchmarks: tuple[str, ...] = ("scenes",)) -> tuple[int, ...]:
     """What the chat template puts ahead of the image."""
-    return encode(BOS + SYSTEM + USER)
+    return encode(BOS + SYSTEM + USER, benchmarks)
 
 
 @cache
-def labels() -> dict[tuple[str, ...], int]:
-    """Everything that the CLS token has to name, as in Thing.words without the colour of digits and words."""
+def labels(benchmarks: tuple[str, ...] = ("scenes",)) -> dict[tuple[str, ...], int]:
+    """Everything that the CLS token has to name: the last two of a thing's words."""
     names = [(color, shape) for color in scenes.COLORS for shape in scenes.SHAPES]
     names += [(color, "dot") for color in scenes.COLORS]
     names += [("digit", digit) for digit in scenes.DIGITS] + [("word", word) for word in scenes.WORDS]
-    return {name: index for index, name in enumerate(names)}
+    if "pages" in benchmarks:
+        names += [("word", word) for word in pages.WORDS] + [("bar", color) for color in scenes.COLORS]
+        names += [(kind, shape) for kind in ("shape", "place") for shape in scenes.SHAPES]
+    return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
 
 def make_batch(split: scenes.Split, seed: int, start: int, count: int, preset: Preset) -> Batch:
-    """Scenes start .. start + count of the split."""
-    made = [scenes.training_scene(split, seed, start + i, preset.size) for i in range(count)]
+    """Images start .. start + count of the split; of several benchmarks in turn."""
+    several = len(preset.benchmarks)
+    numbers = range(start, start + count)
+    samples = [_sample(preset.benchmarks[i % several], split, seed, i // several) for i in numbers]
     return Batch(
-        pixels=torch.stack([to_pixels(scene.image) for scene, _ in made]),
-        patch_words=torch.stack([_patch_words(scene.things, preset) for scene, _ in made]),
-        present=torch.stack([_present(scene.things) for scene, _ in made]),
-        things=[scene.things for scene, _ in made],
-        asked=[asked for _, asked in made],
+        pixels=torch.stack([to_pixels(sample.image, preset.size) for sample in samples]),
+        patch_words=torch.stack([_patch_words(sample, preset) for sample in samples]),
+        present=torch.stack([_present(sample, preset) for sample in samples]),
+        samples=samples,
     )
 
 
-def to_pixels(image: scenes.Image.Image) -> Tensor:
-    """(3, height, width) uint8."""
+def _sample(benchmark: str, split: scenes.Split, seed: int, index: int) -> Sample:
+    if benchmark == "pages":
+        image, page, asked = pages.training_page(split, seed, index)
+        return Sample(benchmark, image, page.facts, asked)
+    scene, asked = scenes.training_scene(split, seed, index)
+    return Sample(benchmark, scene.image, scene.things, asked)
+
+
+def to_pixels(image: Image.Image, size: int | None = None) -> Tensor:
+    """(3, height, width) uint8; with `size`, squeezed to size x size as the model's processor does it."""
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _patch_words(things: tuple[Thing, ...], preset: Preset) -> Tensor:
+def _patch_words(sample: Sample, preset: Preset) -> Tensor:
     """The description of whatever touches a patch and the halves of the image it is in, or the word "nothing"."""
     named: list[list[int]] = [[] for _ in range(preset.grid**2)]
-    for thing in things:
-        x, y = (2 * c < preset.size for c in thing.center)
-        ids = [encode(f" {word}")[0] for word in (*thing.words, "left" if x else "right", "top" if y else "bottom")]
-        for patch in thing.patches(preset.patch, preset.grid):
+    for thing in sample.things:
+        x, y = (2 * c < sample.image.width for c in thing.center)
+        words = (*thing.words, "left" if x else "right", "top" if y else "bottom")
+        ids = [encode(f" {word}", preset.benchmarks)[0] for word in words]
+        for patch in sample.touched(thing, preset.grid):
             named[patch] += ids
     words = torch.full((len(named), WORDS_A_PATCH), -1)
     for patch, ids in enumerate(named):
-        ids = list(dict.fromkeys(ids or encode(" nothing")))[:WORDS_A_PATCH]
+        ids = list(dict.fromkeys(ids or encode(" nothing", preset.benchmarks)))[:WORDS_A_PATCH]
         words[patch, : len(ids)] = torch.tensor(ids)
     return words
 
 
-def _present(things: tuple[Thing, ...]) -> Tensor:
-    target = torch.zeros(len(labels()))
-    for thing in things:
-        target[labels()[thing.words[-2:]]] = 1
+def _present(sample: Sample, preset: Preset) -> Tensor:
+    names = labels(preset.benchmarks)
+    target = torch.zeros(len(names))
+    for thing in sample.things:
+        target[names[thing.words[-2:]]] = 1
     return target
 
 
@@ -117,9 +154,10 @@ class Pack:
     """Blocks of text side by side behind one image: all (batch, length). A block sees the image and itself, and its
     positions start anew behind the image, so that training sees each question just as a prompt shows it.
 
-    block: 1, 2, ... per question, -1 where padded. offset: position behind the image. target: the token to predict, or
-    -1. caption: whether that token belongs to a caption."""
+    head (batch, n): what stands ahead of the image. block: 1, 2, ... per question, -1 where padded. offset: position
+    behind the image. target: the token to predict, or -1. caption: whether that token belongs to a caption."""
 
+    head: Tensor
     ids: Tensor
     block: Tensor
     offset: Tensor
@@ -127,9 +165,9 @@ class Pack:
     caption: Tensor
 
 
-def pack(rows: Sequence[Sequence[tuple[str, str]]]) -> Pack:
-    """Pack (question, answer) pairs a row."""
-    flat = [[_block(index + 1, *pair) for index, pair in enumerate(row)] for row in rows]
+def pack(rows: Sequence[Sequence[tuple[str, str]]], benchmarks: tuple[str, ...] = ("scenes",)) -> Pack:
+    """Pack (question, answer) pairs a row, in the words of a model of these benchmarks."""
+    flat = [[_block(index + 1, *pair, benchmarks) for index, pair in enumerate(row)] for row in rows]
     columns = [[sum(parts, ()) for parts in zip(*row, strict=True)] for row in flat]
     length = max(len(row[0]) for row in columns)
     length = -(-length // 16) * 16
@@ -137,12 +175,13 @@ def pack(rows: Sequence[Sequence[tuple[str, str]]]) -> Pack:
     def stack(column: int, fill: int) -> Tensor:
         return torch.tensor([[*row[column], *[fill] * (length - len(row[0]))] for row in columns])
 
-    return Pack(stack(0, 0), stack(1, -1), stack(2, 0), stack(3, -1), stack(4, 0).bool())
+    opening = torch.tensor(head(benchmarks)).expand(len(rows), -1)
+    return Pack(opening, stack(0, 0), stack(1, -1), stack(2, 0), stack(3, -1), stack(4, 0).bool())
 
 
-def _block(index: int, question: str, answer: str) -> tuple[tuple[int, ...], ...]:
-    ask = encode(question) + encode(ASSISTANT)
-    reply = encode(f" {answer}") + encode(EOS)
+def _block(index: int, question: str, answer: str, benchmarks: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    ask = encode(question, benchmarks) + encode(ASSISTANT, benchmarks)
+    reply = encode(f" {answer}", benchmarks) + encode(EOS, benchmarks)
     ids = ask + reply[:-1]
     target = (-1,) * (len(ask) - 1) + reply
     is_caption = (int(question == scenes.CAPTION),) * len(ids)

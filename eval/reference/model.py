@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtc.eval import scenes
+from vtc.eval import pages, scenes
+from vtc.eval.pages import content
 
 SYSTEM = "answer the question about the picture with one word."
 BOS, EOS, PAD, IMAGE, USER, ASSISTANT = SPECIAL = ("<s>", "</s>", "<pad>", "<image>", "<user>", "<assistant>")
@@ -46,9 +47,11 @@ class Preset:
     read_steps: int = 2700
     read_batch: int = 24
     learning_rate: float = 1e-3
+    benchmarks: tuple[str, ...] = ("scenes",)
+    """What it learns to read; images come in turn."""
 
     def span(self, step: int) -> tuple[int, int]:
-        """The first scene of this step, and how many."""
+        """The first image of this step, and how many."""
         if step < self.tower_steps:
             return step * self.tower_batch, self.tower_batch
         return self.tower_steps * self.tower_batch + (step - self.tower_steps) * self.read_batch, self.read_batch
@@ -60,14 +63,32 @@ class Preset:
 
 PRESETS = {
     "small": Preset(),
+    "both": Preset(120, 8, (160, 8, 5, 480), (160, 8, 5, 400), 9000, 48, 9000, 24, 8e-4, ("pages", "scenes")),
     "large": Preset(336, 14, (320, 9, 5, 832), (320, 10, 5, 640), 20_000, 128, 60_000, 64, 5e-4),
     "tiny": Preset(96, 8, (16, 3, 2, 32), (16, 2, 2, 32), 2, 4, 2, 4),
 }
-"""small: what ships, for 2 CPU cores. large: 576 visual tokens, for a GPU. tiny: for tests."""
+"""small: what ships, for 2 CPU cores. both: scenes and pages at 225 visual tokens. large: 576 visual tokens, for a GPU.
+tiny: for tests."""
 
 
-def benchmark_text() -> list[str]:
-    """Every sentence of the benchmark's language, near enough: what the tokenizer is trained on."""
+def benchmark_text(benchmarks: tuple[str, ...] = ("scenes",)) -> list[str]:
+    """Every sentence of the benchmarks' languages, near enough: what the tokenizer is trained on."""
+    return _scenes_text() + (_pages_text() if "pages" in benchmarks else [])
+
+
+def _pages_text() -> list[str]:
+    forms = ("which word comes after {0}?", "how many times is the word {0} there?", "what is the {0} of {0}?")
+    forms += ("which row has the most {0}?", "what does the {0} cost?", "what color is the bar of {0}?")
+    forms += ("which is further north, {0} or {0}?", " {0} {0} digit", " {0} word")
+    asked = [form.format(word) for form, word in product(forms, pages.WORDS)]
+    asked += [f"which item costs {digit}?" for digit in scenes.DIGITS]
+    asked += [f"what is at the {color} {shape}?" for color, shape in product(scenes.COLORS, content.MARKERS)]
+    asked += [f"is the {shape} on the left or right?" for shape in scenes.SHAPES]
+    asked += ["which bar is the longest?", "which shape is there only once?", " bar", " place", " shape", " once"]
+    return asked + [f" {times}" for times in content.TIMES.values()]
+
+
+def _scenes_text() -> list[str]:
     nouns = (*scenes.SHAPES, "digit", "word", "dot")
     things = [f" {color} {noun}" for color, noun in product(scenes.COLORS, nouns)]
     asked = [f"what color is the {noun}?" for noun in nouns]
@@ -80,8 +101,8 @@ def benchmark_text() -> list[str]:
     return asked + things + [f" {word}" for word in (*answers, *scenes.WORDS, *scenes.DIGITS)] + [", "]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every word of the benchmark is one token and any other text falls back to bytes, never to UNK."""
+def build_tokenizer(benchmarks: tuple[str, ...] = ("scenes",)) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: each word of the benchmarks is one token and any other text falls back to bytes, never to UNK."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -93,7 +114,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(benchmark_text() * 2, trainer)  # twice, because a merge has to occur twice
+    bpe.train_from_iterator(benchmark_text(benchmarks) * 2, trainer)  # twice, because a merge has to occur twice
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
@@ -119,7 +140,7 @@ def build_processor(preset: Preset) -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(preset.benchmarks),
         patch_size=preset.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -165,6 +186,6 @@ def build_model(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
 
 
 @cache
-def shared_tokenizer() -> PreTrainedTokenizerFast:
+def shared_tokenizer(benchmarks: tuple[str, ...] = ("scenes",)) -> PreTrainedTokenizerFast:
     """The tokenizer, made once a process."""
-    return build_tokenizer()
+    return build_tokenizer(benchmarks)

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from vtc.eval.reference.data import Pack, head
+from vtc.eval.reference.data import Pack
 
 
 def look(model: LlavaForConditionalGeneration, pixels: Tensor) -> list[Tensor]:
@@ -49,9 +49,9 @@ def read(
     """
     device, (rows, kept) = tokens.device, keep.shape
     embed = model.get_input_embeddings()
-    opening = torch.tensor(head(), device=device).expand(rows, -1)
-    ahead, behind = opening.shape[1], opening.shape[1] + (model.config.image_seq_length)
-    words = embed(torch.cat([opening, pack.ids], 1))
+    ahead = pack.head.shape[1]
+    behind = ahead + model.config.image_seq_length
+    words = embed(torch.cat([pack.head, pack.ids], 1))
     inputs = torch.cat([words[:, :ahead], tokens.to(words.dtype), words[:, ahead:]], 1)
     positions = torch.cat([torch.arange(ahead, device=device).expand(rows, -1), ahead + keep, behind + pack.offset], 1)
     block = torch.cat([torch.zeros(rows, ahead + kept, dtype=torch.long, device=device), pack.block], 1)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from vtc.eval import benchmarks as known
 from vtc.eval import progress, scenes
 from vtc.eval.reference.data import QUESTIONS, Batch, Pack, batches, encode, labels, make_batch, pack
 from vtc.eval.reference.model import PRESETS, Preset, build_model, build_processor, shared_tokenizer
@@ -43,11 +44,12 @@ class Trainer:
         self.out, self.preset, self.seed, self.step = out, preset, seed, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
-        self.model = build_model(preset, shared_tokenizer()).to(self.device)
-        self.labels = Labels(preset.vision[0], preset.text[0], preset.grid, len(labels())).to(self.device)
+        self.model = build_model(preset, shared_tokenizer(preset.benchmarks)).to(self.device)
+        names = labels(preset.benchmarks)
+        self.labels = Labels(preset.vision[0], preset.text[0], preset.grid, len(names)).to(self.device)
         parameters = [*self.model.parameters(), *self.labels.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-        self.nothing = encode(" nothing")[0]
+        self.nothing = encode(" nothing", preset.benchmarks)[0]
         self.load()
 
     # ------------------------------------------------------------ what survives an interruption
@@ -133,7 +135,7 @@ class Trainer:
 
     def _tower_loss(self, batch: Batch, states: list[Tensor]) -> Tensor:
         """Every patch and the CLS token, by their labels."""
-        keep = torch.arange(self.preset.grid**2, device=self.device).expand(len(batch.things), -1)
+        keep = torch.arange(self.preset.grid**2, device=self.device).expand(len(batch.samples), -1)
         words, embedding = batch.patch_words.to(self.device), self.model.get_input_embeddings().weight
         patches = self.labels.patch_loss(self._project(states[-1], keep), keep, words, embedding, self.nothing)
         return patches + self.labels.cls_loss(states, batch.present.to(self.device))
@@ -157,12 +159,11 @@ class Trainer:
     def _pack(self, batch: Batch, keep: Tensor, generator: torch.Generator) -> Pack:
         """A caption of the things that the kept patches touch, and questions of every task."""
         rows = []
-        for things, asked, kept in zip(batch.things, batch.asked, keep.tolist(), strict=True):
-            kept = set(kept)
-            seen = [t for t in things if kept.intersection(t.patches(self.preset.patch, self.preset.grid))]
-            chosen = torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist()
-            rows.append([(scenes.CAPTION, scenes.caption(seen)), *(asked[i][1:] for i in chosen)])
-        text = pack(rows)
+        for sample, kept in zip(batch.samples, keep.tolist(), strict=True):
+            chosen = torch.randperm(len(sample.asked), generator=generator)[:QUESTIONS].tolist()
+            caption = sample.caption(set(kept), self.preset.grid)
+            rows.append([(scenes.CAPTION, caption), *(sample.asked[i][1:] for i in chosen)])
+        text = pack(rows, self.preset.benchmarks)
         return Pack(**{name: value.to(self.device) for name, value in vars(text).items()})
 
     # ------------------------------------------------------------ how it is doing
@@ -185,15 +186,19 @@ class Trainer:
         return line
 
     def _answered(self, batch: Batch, tokens: Tensor, keep: Tensor) -> str:
-        text = pack([[qa[1:] for qa in asked] for asked in batch.asked])
+        text = pack([[qa[1:] for qa in sample.asked] for sample in batch.samples], self.preset.benchmarks)
         text = Pack(**{name: value.to(self.device) for name, value in vars(text).items()})
         scores = self.model.lm_head(read(self.model, tokens, keep, text))
-        first = (text.target >= 0) & (text.target != shared_tokenizer().eos_token_id)
+        first = (text.target >= 0) & (text.target != shared_tokenizer(self.preset.benchmarks).eos_token_id)
         right = (scores.argmax(-1) == text.target)[first].float().cpu()
-        tasks = [task for asked in batch.asked for task, _, _ in asked]
-        parts = {task: right[[t == task for t in tasks]].mean().item() for task in scenes.TASKS}
-        mean = sum(parts.values()) / len(parts)
-        return f"val answers {mean:.3f} (" + " ".join(f"{task} {part:.2f}" for task, part in parts.items()) + ")"
+        tasks = [(sample.benchmark, task) for sample in batch.samples for task, _, _ in sample.asked]
+        lines = []
+        for name in self.preset.benchmarks:
+            every = known.find(name).TASKS
+            parts = {task: right[[t == (name, task) for t in tasks]].mean().item() for task in every}
+            each = " ".join(f"{task} {part:.2f}" for task, part in parts.items())
+            lines.append(f"{name} {sum(parts.values()) / len(parts):.3f} ({each})")
+        return "val answers, " + "; ".join(lines)
 
 
 def subset(features: Tensor, generator: torch.Generator) -> Tensor:

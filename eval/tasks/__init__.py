@@ -1,7 +1,7 @@
-"""scenes as a task of lmms-eval: what `vtc_scenes.yaml` refers to.
+"""scenes and pages as tasks of lmms-eval: what `vtc_scenes.yaml` and `vtc_pages.yaml` refer to.
 
-The data file holds no images: it says which split, seed and how many questions, and a document is drawn when it is
-asked for.
+A data file holds no images: it says which benchmark, split, seed and how many questions, and a document is drawn when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vtc.eval import report, scenes
+from vtc.eval import benchmarks, report
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from vtc.eval.scenes import Example, Split
 
 PATH = Path(__file__).parent
 """The folder to give lmms-eval as --include_path."""
 
 
 @lru_cache(maxsize=4096)
-def _example(split: scenes.Split, seed: int, index: int) -> scenes.Example:
-    return scenes.example(split, seed, index)
+def _example(benchmark: str, split: Split, seed: int, index: int) -> Example:
+    return benchmarks.find(benchmark).example(split, seed, index)
 
 
 def documents(dataset: Dataset) -> Dataset:
-    """One document a question, {"split", "seed", "index"}, for each line of the data file."""
+    """One document a question, {"benchmark", "split", "seed", "index"}, for each line of the data file."""
     from datasets import Dataset
 
+    source = ("benchmark", "split", "seed")
     return Dataset.from_list(
-        [{"split": row["split"], "seed": row["seed"], "index": i} for row in dataset for i in range(row["questions"])]
+        [{name: row[name] for name in source} | {"index": i} for row in dataset for i in range(row["questions"])]
     )
 
 
-def example(doc: dict[str, Any]) -> scenes.Example:
-    return _example(doc["split"], doc["seed"], doc["index"])
+def example(doc: dict[str, Any]) -> Example:
+    return _example(doc["benchmark"], doc["split"], doc["seed"], doc["index"])
 
 
 def images(doc: dict[str, Any]) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""`vtc eval`, `vtc faithfulness`, `vtc tune` and `vtc layers`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `faithfulness`, `tune` and `layers`: what answers cost in accuracy, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,15 @@ def evaluate(
         str,
         typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
     ] = "0.5,0.25,0.11",
+    benchmark: Annotated[
+        str,
+        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+    ] = "scenes",
     tasks: Annotated[
         str,
         typer.Option(
-            help="Benchmarks of lmms-eval instead of scenes, comma-separated: pope,mme,gqa,... Their own prompts, "
-            "metrics and lengths count."
+            help="Benchmarks of lmms-eval instead, comma-separated: pope,mme,gqa,... Their own prompts, metrics and "
+            "lengths count."
         ),
     ] = "",
     include_path: Annotated[
@@ -45,17 +49,16 @@ def evaluate(
         str, typer.Option(help="With --tasks: over what task files ask of generation, such as max_new_tokens=16.")
     ] = "",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task; unless given 1000 of scenes, all of a benchmark.")
+        int | None,
+        typer.Option(min=1, help="Questions of each task; unless given 1000, or with --tasks all of a benchmark."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to a scene.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
     suffix: Annotated[
         str,
-        typer.Option(
-            help="Put after each question about a scene, for models that answer in sentences when not told otherwise."
-        ),
+        typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise."),
     ] = "",
     device: Device = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
@@ -65,9 +68,9 @@ def evaluate(
             "--dry-run", help="Check model, methods, tasks and data on one question each, and --out, and stop."
         ),
     ] = False,
-    by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task of scenes.")] = False,
+    by_task: Annotated[bool, typer.Option("--by-task", help="Also print accuracy by task.")] = False,
 ) -> None:
-    """Measure accuracy against token budget on the scenes benchmark, or with --tasks on benchmarks of lmms-eval.
+    """Measure accuracy against token budget on scenes or pages, or with --tasks on benchmarks of lmms-eval.
 
     Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
     config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
@@ -79,6 +82,8 @@ def evaluate(
 
       vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
 
+      vtc eval --benchmark pages --model out/both/model --out out/pages --by-task
+
       vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
 
       vtc eval --model llava-hf/llava-1.5-7b-hf --tasks pope,gqa --batch-size 8 --out out/suites
@@ -86,9 +91,9 @@ def evaluate(
     chosen, spend = split(methods), parse_budgets(budgets)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if tasks:
-        refuse(context, "suffix", "max_new_tokens", "by_task", why="for scenes, not for --tasks")
+        refuse(context, "suffix", "max_new_tokens", "by_task", "benchmark", why="for scenes and pages, not for --tasks")
     else:
-        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes")
+        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes and pages")
     if dry_run:
         refuse(context, "by_task", why="a dry run counts nothing")
     if several and ":" in device:
@@ -104,14 +109,14 @@ def evaluate(
     console = Console()
     if tasks:
         more = str(include_path.absolute()) if include_path else None
-        benchmarks = suites.Settings(
-            split(tasks), model, chosen, spend, limit, seed, batch_size, device, more, gen_kwargs
-        )
-        suites.evaluate(benchmarks, out, restart, dry_run, lambda task, rows: _show(task, rows, out / task))
+        asked = suites.Settings(split(tasks), model, chosen, spend, limit, seed, batch_size, device, more, gen_kwargs)
+        suites.evaluate(asked, out, restart, dry_run, lambda task, rows: _show(task, rows, out / task))
         if dry_run:
             console.print(REHEARSED)
         return
-    settings = run.Settings(model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device)
+    settings = run.Settings(
+        model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device, benchmark
+    )
     say(f"loading {model}")
     rows = run.evaluate(settings, out, restart, dry_run, bar=True)
     if dry_run:
@@ -139,7 +144,11 @@ def faithfulness(
     methods: Annotated[
         str, typer.Option(help="Comma-separated, of those with a score map; `vtc methods` lists all.")
     ] = "vtc-cls,fastv,random",
-    limit: Annotated[int, typer.Option(min=1, help="Questions about scenes.")] = 50,
+    benchmark: Annotated[
+        str,
+        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+    ] = "scenes",
+    limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for faithfulness.json.")] = Path("out/faithfulness"),
     device: Device = "auto",
@@ -156,13 +165,14 @@ def faithfulness(
     check_methods(*chosen)
     need("sklearn", "scipy", extra="eval")
     quiet()
+    from vtc.eval import benchmarks, folder
     from vtc.eval import faithfulness as compared
-    from vtc.eval import folder, scenes
     from vtc.eval.reader import load, model_path, pick_device
 
+    examples = benchmarks.find(benchmark).load("test", limit, seed)
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
-    rows = compared.faithfulness(reader, scenes.load("test", limit, seed), chosen, bar=True)
+    rows = compared.faithfulness(reader, examples, chosen, bar=True)
     out.mkdir(parents=True, exist_ok=True)
     folder.write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))

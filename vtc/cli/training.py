@@ -13,8 +13,10 @@ from vtc.cli.terminal import quiet
 
 def reference(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints; the same command resumes.")] = Path("out/reference"),
-    preset: Annotated[str, typer.Option(help="small: 2 CPU cores; large: 336-pixel images, for a GPU.")] = "small",
-    seed: Annotated[int, typer.Option(help="Of weights, scenes and subsets.")] = 0,
+    preset: Annotated[
+        str, typer.Option(help="small: what ships, 2 CPU cores; both: reads pages, too; large: 336 pixels, for a GPU.")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Of weights, images and subsets.")] = 0,
 ) -> None:
     """Train the reference model from nothing; model and processor end up in OUT/model.
 
@@ -22,7 +24,7 @@ def reference(
 
       vtc train reference --out out/reference && vtc eval --model out/reference/model
     """
-    need("sklearn", extra="eval")
+    need("matplotlib", "sklearn", extra="eval")
     quiet()
     from vtc.eval.reference.train import train
 
