@@ -134,7 +134,8 @@ class Forward:
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def _stages(self, site: Site) -> list[tuple[int, Stage]]:
-        return [(number, stage) for number, stage in enumerate(self.compression.stages) if stage.site == site]
+        stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
+        return [(number, stage) for number, stage in enumerate(stages) if stage.site == site]
 
     def _counts(self, number: int) -> list[int]:
         """How many tokens of each image a stage leaves, of those that came in."""
@@ -157,8 +158,6 @@ class Forward:
     def _choose(self, number: int, stage: Stage, hidden: Tensor) -> tuple[Choice, Tensor] | None:
         """What a stage chooses, and by which scores; None where there is nothing to choose."""
         stream, counts = self.stream, self._counts(number)
-        if not stream.images:
-            return None
         if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
             self._note(stage, Choice(stream.valid))
             return None
