@@ -56,7 +56,7 @@ def refuse(context: typer.Context, *names: str, why: str) -> None:
 
 
 def check_methods(*names: str, also: Sequence[str] = ()) -> None:
-    """Refuse a plain name that no method has, also within a chain; paths and other forms are for those who read them."""
+    """Refuse a plain name that no method has, within a chain, too; other forms are for those who read them."""
     from vtc.methods import described
 
     known = (*described(), *also)

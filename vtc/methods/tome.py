@@ -100,6 +100,7 @@ class MergedPatches(Need):
     share: float
 
     tower: ClassVar[bool] = True
+    changes: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.merges_patches:
