@@ -55,10 +55,10 @@ def test_vtc_cls(models, seed, layers):
     for image, row in ((0, 0), (1, 1), (2, 1)):
         score = [0.0] * 36
         for layer in range(4 - layers, 4):  # 5 blocks; the projector reads the output of block 3
-            row = tower[layer][image, :, 0].tolist()
+            paid = tower[layer][image, :, 0].tolist()
             for head in range(4):
                 for patch in range(36):
-                    score[patch] += row[head][patch + 1] / 4
+                    score[patch] += paid[head][patch + 1] / 4
         expected[row] += [kept + 36 * (image == 2) for kept in top(score, 7)]
         ours = trace.scores()[row][36 * (image == 2) :][:36]
         torch.testing.assert_close(ours, torch.tensor(score), atol=1e-5, rtol=1e-4)
