@@ -16,6 +16,7 @@ from vtc.adapter import Adapter
 from vtc.attention import TowerStates, attention_rows
 from vtc.compact import gather
 from vtc.need import Need
+from vtc.stage import Shape
 from vtc.view import View
 
 
@@ -82,28 +83,16 @@ QUERY_BLOCK = 64
 """Queries whose attention rows are held at once."""
 
 
-@dataclass(frozen=True)
-class LastTokenRow(Need):
-    """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {"query": attention.query, "key": attention.key}
-
-    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        last = view.last_positions()
-        rows = view.rows(self.layer, gather(record["query"], last), record["key"], last)
-        return view.of_tokens(rows[:, :, 0])
+def salience(shape: Shape, layer: int) -> Need:
+    """How much a patch is looked at in block `layer` of the tower: by the CLS token, or by all patches without one."""
+    return (ClsRow if shape.cls else ReceivedAttention)(layer)
 
 
 @dataclass(frozen=True)
-class TextRow(Need):
-    """Attention that the text after an image pays it in decoder layer `layer`: (images, 1, tokens).
+class DecoderRow(Need):
+    """Attention that a few tokens of the prompt pay in decoder layer `layer`."""
 
-    The mean over heads and over the image's later text tokens up to the prompt's end.
-    """
-
-    ahead: bool = True
+    ahead: bool = False
     """Whether the row is that of a layer that has not run yet, on the states that are about to enter it."""
 
     @property
@@ -114,15 +103,34 @@ class TextRow(Need):
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {} if self.ahead else {"query": attention.query, "key": attention.key}
 
+    def paid(self, record: dict[str, Tensor], view: View, positions: Tensor) -> Tensor:
+        """What the tokens at `positions` (batch, queries) pay: (batch, heads, queries, length) float32."""
+        if not self.ahead:
+            return view.rows(self.layer, gather(record["query"], positions), record["key"], positions)
+        layer = view.adapter.layers[self.layer]
+        attention, hidden = view.adapter.decoder_attention(layer), layer.input_layernorm(view.hidden)
+        return view.rows(self.layer, attention.query(gather(hidden, positions)), attention.key(hidden), positions)
+
+
+@dataclass(frozen=True)
+class LastTokenRow(DecoderRow):
+    """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        return view.of_tokens(self.paid(record, view, view.last_positions())[:, :, 0])
+
+
+@dataclass(frozen=True)
+class TextRow(DecoderRow):
+    """Attention that the text after an image pays it in decoder layer `layer`: (images, 1, tokens).
+
+    The mean over heads and over the image's later text tokens up to the prompt's end.
+    """
+
+    ahead: bool = True
+
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         positions, asks = view.text_after_images()
-        if self.ahead:
-            layer = view.adapter.layers[self.layer]
-            attention = view.adapter.decoder_attention(layer)
-            hidden = layer.input_layernorm(view.hidden)
-            query, key = attention.query(gather(hidden, positions)), attention.key(hidden)
-        else:
-            query, key = gather(record["query"], positions), record["key"]
-        rows = view.rows(self.layer, query, key, positions)
+        rows = self.paid(record, view, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("iqn,iq->in", view.of_tokens(rows.mean(1)), weights)[:, None]
