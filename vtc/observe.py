@@ -134,3 +134,18 @@ class TextRow(DecoderRow):
         rows = self.paid(record, view, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("iqn,iq->in", view.of_tokens(rows.mean(1)), weights)[:, None]
+
+
+@dataclass(frozen=True)
+class States(Need):
+    """The states that are about to enter decoder layer `layer`: (images, width, tokens)."""
+
+    @property
+    def before(self) -> int:
+        return self.layer
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {}
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        return view.of_tokens(view.hidden.float().transpose(1, 2))

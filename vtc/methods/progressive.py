@@ -28,7 +28,7 @@ class Progressive(Method):
         layers = self.PAPER if self.layers is None else self.layers
         if len(layers) != len(self.keep_ratios):
             raise ValueError(
-                f"{self.name}: {len(layers)} layers and {len(self.keep_ratios)} keep_ratios: there must be as many of each"
+                f"{self.name}: layers has {len(layers)} entries and keep_ratios {len(self.keep_ratios)}: they belong together"
             )
 
     def stage(self, layer: int) -> Stage:

@@ -18,7 +18,7 @@ from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.observe import ClsRow, ReceivedAttention, Tower
 from vtc.select import grid, top_k
-from vtc.stage import Method, Shape, Share, Stage
+from vtc.stage import Method, Shape, Stage
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vtc.stage import Layer, Share, Stage
 
 @dataclass(frozen=True)
 class PyramidDrop(Progressive):
-    """After each quarter of the decoder drop half of the image tokens, those that the last prompt token attends to least.
+    """After each quarter of the decoder drop the half of the image tokens that the last prompt token attends to least.
 
     "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (arXiv
     2410.17247), released code: the head-mean of the post-softmax row of the instruction's last token, in the layer that
