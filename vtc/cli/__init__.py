@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "faithfulness": accuracy.faithfulness,
     "tune": accuracy.tune,
+    "fit": accuracy.fit,
     "layers": accuracy.layers,
     "bench": speed.bench,
     "peers": speed.peers,

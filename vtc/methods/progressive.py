@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from vtc.choice import Seen
 from vtc.stage import Layer, Method, Shape, Share, Stage
 
 
@@ -28,12 +31,16 @@ class Progressive(Method):
         layers = self.PAPER if self.layers is None else self.layers
         if len(layers) != len(self.keep_ratios):
             raise ValueError(
-                f"{self.name}: layers has {len(layers)} entries and keep_ratios {len(self.keep_ratios)}: they belong together"
+                f"{self.name}: {len(layers)} layers, but {len(self.keep_ratios)} keep_ratios: there must be as many of each"
             )
 
     def stage(self, layer: int) -> Stage:
         """The pruning before one decoder layer."""
         raise NotImplementedError
+
+    def masses(self, stage: Stage, scores: Tensor, seen: Seen) -> Tensor:
+        """What `vtc fit` lets as little as possible be lost of: (images, criteria, tokens) >= 0. Here the scores."""
+        return scores[:, None]
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         return tuple(self.stage(layer) for layer in shape.layers(self.layers, *self.PAPER, of=32))

@@ -29,9 +29,9 @@ class SparseVLM(Progressive):
 
     "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference" (arXiv 2410.04417), released
     code, version 1. Raters are the text tokens after the image that its tokens match more than the mean one, by a
-    softmax over these text tokens of the products of their embeddings; where none does, all rate. A token's score is the
-    mean attention that raters pay it in the layer before the pruning, over all heads. Of the dropped ones the best 30 %
-    become a tenth as many tokens, by density peaks of their states, each the plain mean of its cluster.
+    softmax over these text tokens of the products of their embeddings; where none does, all rate. A token's score is
+    the mean attention that raters pay it in the layer before the pruning, over all heads. Of the dropped ones the best
+    30 % become a tenth as many tokens, by density peaks of their states, each the plain mean of its cluster.
 
     A token of a cluster stays where its centre was; the code puts them behind the image, and renumbers. `keep_ratios`
     count them, so budgets do. The code adds noise to densities; here ties go to the earlier token. The code never keeps
