@@ -1,4 +1,4 @@
-"""`vtc eval`, `faithfulness`, `tune`, `fit` and `layers`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `faithfulness`, `tune`, `fit`, `layers`: what answers cost in accuracy, and what can be done about it."""
 
 from __future__ import annotations
 

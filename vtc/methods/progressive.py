@@ -30,9 +30,8 @@ class Progressive(Method):
         super().__post_init__()
         layers = self.PAPER if self.layers is None else self.layers
         if len(layers) != len(self.keep_ratios):
-            raise ValueError(
-                f"{self.name}: {len(layers)} layers, but {len(self.keep_ratios)} keep_ratios: there must be as many of each"
-            )
+            numbers = f"{len(layers)} layers and {len(self.keep_ratios)} keep_ratios"
+            raise ValueError(f"{self.name}: {numbers}, and there must be as many of each")
 
     def stage(self, layer: int) -> Stage:
         """The pruning before one decoder layer."""

@@ -9,14 +9,12 @@ from typing import Annotated, ClassVar
 import torch
 from einops import rearrange
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.choice import Choice, Seen
-from vtc.need import Need
-from vtc.observe import ClsRow, ReceivedAttention, Tower
+from vtc.observe import ClsRow, PatchKeys, ReceivedAttention, Tower
 from vtc.select import grid, top_k
 from vtc.stage import Method, Shape, Stage
 
@@ -50,7 +48,7 @@ class PruMerge(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         layer = shape.tower_layers - 1
-        attention, keys = (OneHeadClsRow if shape.cls else ReceivedAttention)(layer), WideKeys(layer)
+        attention, keys = (OneHeadClsRow if shape.cls else ReceivedAttention)(layer), PatchKeys(layer)
         select = partial(pruned_and_merged, keys, self.uniform, self.neighbours)
         return (Stage(0, lambda seen: seen[attention][:, 0], (attention, keys), select),)
 
@@ -68,22 +66,8 @@ class OneHeadClsRow(ClsRow):
         return attention_rows(query, key, key.shape[-1] ** -0.5)[:, :, 0, 1:]
 
 
-@dataclass(frozen=True)
-class WideKeys(Need):
-    """The key of each patch in a block of the tower, over all heads: (crops, heads * head_dim, patches)."""
-
-    tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
-
-    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        key = rearrange(tower.states(self.layer, record).key.float(), "c h n d -> c (h d) n")
-        return key[:, :, int(tower.adapter.has_cls()) :]
-
-
 def pruned_and_merged(
-    keys: WideKeys, uniform: float, neighbours: int, scores: Tensor, seen: Seen, keep: Tensor
+    keys: PatchKeys, uniform: float, neighbours: int, scores: Tensor, seen: Seen, keep: Tensor
 ) -> Choice:
     """The source map of centres, of the patches that they take in, and of all others, which join the best of these.
 

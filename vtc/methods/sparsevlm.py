@@ -7,17 +7,15 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import vtc.scores as scores
-from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.choice import Choice, Seen
 from vtc.compact import gather
 from vtc.methods.density_peaks import density_peaks
 from vtc.methods.progressive import Progressive
-from vtc.need import Need
-from vtc.observe import DecoderRow, States
+from vtc.observe import DecoderRow, TokenStates
 from vtc.select import top_k
 from vtc.stage import Layer, Share, Stage
 from vtc.view import View
@@ -54,7 +52,7 @@ class SparseVLM(Progressive):
     space: ClassVar[dict[str, tuple[float, float]]] = {"keep_ratios.0": (0.1, 0.99), "keep_ratios.1": (0.05, 0.99)}
 
     def stage(self, layer: int) -> Stage:
-        raters, row, states = Raters(0), RaterRow(layer - 1, debiased=self.plus), States(layer)
+        raters, row, states = Raters(0), RaterRow(layer - 1, debiased=self.plus), TokenStates(layer)
         if self.plus:
             return Stage(layer, lambda seen: _most_attentive(seen[row], seen.valid), (raters, row))
         return Stage(layer, lambda seen: scores.head_mean(seen[row]), (raters, row, states), partial(recycled, states))
@@ -68,21 +66,13 @@ def _most_attentive(row: Tensor, valid: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Raters(Need):
+class Raters(TokenStates):
     """Which of the text tokens after an image rate it: (images, text, tokens), 1 or 0, the same for all its tokens."""
-
-    @property
-    def before(self) -> int:
-        return self.layer
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return {}
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         positions, asks = view.text_after_images()
-        states = view.of_tokens(view.hidden.float().transpose(1, 2))
         text = gather(view.hidden.float(), positions)[view.stream.row]
-        matches = (text @ states).masked_fill(asks[..., None] == 0, -torch.inf).softmax(1)
+        matches = (text @ super().row(record, view)).masked_fill(asks[..., None] == 0, -torch.inf).softmax(1)
         valid = view.alive[:, None].expand_as(matches)
         matched = matches.masked_fill(~valid, 0).sum(2) / valid.sum(2).clamp(min=1)
         rates = (matched > 1 / asks.sum(1, keepdim=True)) & (asks > 0)  # the mean of a distribution
@@ -116,7 +106,7 @@ class RaterRow(DecoderRow):
         return attention_rows(query, key, scale, seen)
 
 
-def recycled(states: States, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+def recycled(states: TokenStates, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The best stay, and the next best become clusters: `keep` together."""
     total, clusters = seen.valid.sum(1), torch.zeros_like(keep)
     for _ in range(8):  # clusters take the place of tokens, which makes more to cluster, 3 % as many

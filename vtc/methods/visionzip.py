@@ -8,15 +8,13 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 import vtc.scores as scores
-from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
 from vtc.merge import weighed
-from vtc.need import Need
-from vtc.observe import Tower, salience
+from vtc.observe import PatchKeys, Tower, salience
 from vtc.select import top_k
 from vtc.stage import Method, Shape, Stage
 
@@ -55,13 +53,8 @@ class VisionZip(Method):
 
 
 @dataclass(frozen=True)
-class MeanKeys(Need):
-    """The key of each patch in a block of the tower, averaged over heads: (crops, head_dim, patches)."""
-
-    tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
+class MeanKeys(PatchKeys):
+    """The same, averaged over heads: (crops, head_dim, patches)."""
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         key = tower.states(self.layer, record).key.float().mean(1)
