@@ -18,6 +18,8 @@ class Need:
     layer: int
 
     tower: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
+    """Whether the row depends on the text of the prompt."""
 
     @property
     def before(self) -> int:

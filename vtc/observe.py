@@ -177,6 +177,8 @@ class DecoderRow(Need):
     ahead: bool = False
     """Whether the row is that of a layer that has not run yet, on the states that are about to enter it."""
 
+    reads_text: ClassVar[bool] = True
+
     @property
     def before(self) -> int:
         return self.layer if self.ahead else self.layer + 1

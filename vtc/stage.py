@@ -110,6 +110,8 @@ class Method:
     paper: ClassVar[str]
     adaptive: ClassVar[bool] = False
     """Whether the method decides by itself how many tokens stay."""
+    merges: ClassVar[bool] = False
+    """Whether tokens that leave are taken in by others, rather than dropped."""
     space: ClassVar[dict[str, tuple[float, float]]] = {}
     """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
 

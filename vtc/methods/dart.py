@@ -58,6 +58,8 @@ class Likeness(Need):
     image_pivots: int
     text_pivots: int
 
+    reads_text: ClassVar[bool] = True
+
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         return {"key": adapter.decoder_attention(adapter.layers[self.layer]).key}
 

@@ -84,6 +84,8 @@ class LargestOverHeads(Need):
     of queries, never stored.
     """
 
+    reads_text: ClassVar[bool] = True
+
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {"query": attention.query, "key": attention.key}

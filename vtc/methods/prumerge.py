@@ -43,6 +43,7 @@ class PruMerge(Method):
 
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
+    merges: ClassVar[bool] = True
     uniform: ClassVar[float] = 0.0
     """The share of the tokens kept that is evenly spaced instead of chosen by attention."""
 

@@ -49,6 +49,7 @@ class SparseVLM(Progressive):
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
+    merges: ClassVar[bool] = True
     space: ClassVar[dict[str, tuple[float, float]]] = {"keep_ratios.0": (0.1, 0.99), "keep_ratios.1": (0.05, 0.99)}
 
     def stage(self, layer: int) -> Stage:
@@ -68,6 +69,8 @@ def _most_attentive(row: Tensor, valid: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Raters(TokenStates):
     """Which of the text tokens after an image rate it: (images, text, tokens), 1 or 0, the same for all its tokens."""
+
+    reads_text: ClassVar[bool] = True
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         positions, asks = view.text_after_images()

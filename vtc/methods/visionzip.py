@@ -43,6 +43,7 @@ class VisionZip(Method):
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
+    merges: ClassVar[bool] = True
     space: ClassVar[dict[str, tuple[float, float]]] = {"contextual": (0.0, 0.9)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
