@@ -91,14 +91,14 @@ def fit(search: Search, out: Path) -> Progressive:
 
     Raises ValueError for a method without a schedule, BudgetError for a budget that is out of its reach.
     """
-    known = vtc.list_methods()
-    fitted = [name for name, kind in known.items() if issubclass(kind, Progressive)]
-    if search.method not in fitted:
+    start = vtc.find_method(search.method)
+    if not isinstance(start, Progressive):
+        fitted = [name for name, kind in vtc.list_methods().items() if issubclass(kind, Progressive)]
         raise ValueError(f"{search.method} has no schedule to fit; {', '.join(fitted)} have")
     reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
     adapter = vtc.adapter.find(reader.model)
     target, depth = _share(search.budget, adapter.tokens_per_image()), adapter.shape().decoder_layers
-    method = replace(known[search.method](), layers=tuple(range(1, depth)), keep_ratios=(1.0,) * (depth - 1))
+    method = replace(start, layers=tuple(range(1, depth)), keep_ratios=(1.0,) * (depth - 1))
     shares = torch.cat([schedules(reader.model, inputs, method, target) for inputs in batches(reader, search)]).mean(0)
     method = thinned(method, shares.tolist())
     with vtc.compressed(reader.model, method, search.budget):  # raises where the budget is out of reach

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": accuracy.fit,
     "layers": accuracy.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,

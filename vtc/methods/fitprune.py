@@ -65,11 +65,11 @@ class FitPrune(Progressive):
     def ratios(self) -> tuple[float, ...] | None:
         return self.keep_ratios or None
 
-    def schedule(self, strength: float, stages: int) -> tuple[float, ...]:
+    def schedule(self, strength: float, shape: Shape) -> tuple[float, ...]:
         if self.keep_ratios:
-            return super().schedule(strength, stages)
+            return super().schedule(strength, shape)
         left = [[1 - gone / 576 for gone in accumulate(deleted, initial=0)] for deleted in ((0,) * 32, *DELETED)]
-        places = [round(layer * 32 / (stages + 1)) for layer in range(1, stages + 1)]
+        places = [round(layer * 32 / shape.decoder_layers) for layer in range(1, shape.decoder_layers)]
         if strength >= len(DELETED):
             return tuple(left[-1][place] ** (strength - len(DELETED) + 1) for place in places)
         low = int(strength)
