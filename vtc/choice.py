@@ -44,6 +44,8 @@ class Choice:
     """(images, tokens) bool; at a cache also (images, key_heads, tokens), equally many for each head."""
     into: Tensor | None = None
     """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
+    mass: Tensor | None = None
+    """(images, tokens) float32: how much each one counts in the mean of those that become one; None: as its score."""
     weight: Tensor | None = None
     """(images, tokens) float32: as how many tokens each one counts as a key, in all later layers; None: as one."""
     gate: Tensor | None = None

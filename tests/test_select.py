@@ -1,0 +1,129 @@
+"""What every selection promises, whatever it looks at."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import vtc.cover as cover
+import vtc.groups as groups
+import vtc.select as select
+from vtc.choice import Seen
+from vtc.observe import TokenStates
+
+FEATURES, TOKENS, IMAGES = TokenStates(0), 30, 3
+
+
+def quota(scores, seen, keep):
+    """Quotas over groups, which come as a row of their own, and over the shares of their best tokens."""
+    group = seen[GROUP][:, 0].long()
+    shares = groups.means(scores.exp(), group, seen.valid, 5)
+    base, first = groups.by_shares(shares / shares.sum(1, keepdim=True), keep)
+    return groups.quota(scores, seen, keep, group, base, first)
+
+
+GROUP = TokenStates(1)
+GREEDY = {
+    "top k": select.top_k,
+    "farthest": partial(cover.farthest, of=FEATURES),
+    "farthest, seeded": partial(cover.farthest, of=FEATURES, power=0.0),
+    "facility": partial(cover.facility, of=FEATURES),
+    "dpp": partial(cover.dpp, of=FEATURES),
+    "quota": quota,
+}
+ALL = GREEDY | {"grid": select.grid, "top k of each grid": select.top_k_each}
+
+every = pytest.mark.parametrize("name", ALL)
+seeds = pytest.mark.parametrize("seed", range(4))
+
+
+def drawn(seed, ragged=True):
+    """Scores, what was seen, and how many are to stay; images of different sizes, with holes."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(IMAGES, 12, TOKENS, generator=generator)
+    group = torch.randint(0, 5, (IMAGES, 1, TOKENS), generator=generator).float()
+    valid = torch.ones(IMAGES, TOKENS, dtype=torch.bool)
+    if ragged:
+        valid[0, -6:], valid[1] = False, torch.rand(TOKENS, generator=generator) > 0.3
+    parts = [[(4, 6)], [(5, 6)], [(3, 6), (2, 6)]] if ragged else [[(5, 6)]] * IMAGES
+    index = torch.arange(TOKENS).expand(IMAGES, -1)
+    scores = torch.rand(IMAGES, TOKENS, generator=generator)
+    keep = (valid.sum(1) * torch.rand(IMAGES, generator=generator)).long()
+    return scores, Seen({FEATURES: features, GROUP: group}, valid, index, parts), keep
+
+
+def changed(seen, **rows):
+    return Seen({**seen.rows, **rows.get("rows", {})}, rows.get("valid", seen.valid), seen.index, seen.parts)
+
+
+@every
+@seeds
+def test_exactly_so_many_that_can_be_seen(name, seed):
+    scores, seen, keep = drawn(seed)
+    for count in (keep, torch.zeros_like(keep), torch.ones_like(keep), seen.valid.sum(1) - 1):
+        kept = ALL[name](scores, seen, count).keep
+        assert kept.dtype == torch.bool
+        assert kept.sum(1).tolist() == count.tolist()
+        assert not (kept & ~seen.valid).any()
+
+
+@every
+@seeds
+def test_all_of_them_are_all_of_them(name, seed):
+    scores, seen, _ = drawn(seed)
+    assert torch.equal(ALL[name](scores, seen, seen.valid.sum(1)).keep, seen.valid)
+
+
+@pytest.mark.parametrize("name", GREEDY)
+@seeds
+def test_a_permutation_of_the_tokens_permutes_what_stays(name, seed):
+    scores, seen, keep = drawn(seed)
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
+    rows = {need: row[..., order] for need, row in seen.rows.items()}
+    kept = GREEDY[name](scores, seen, keep).keep
+    mixed = GREEDY[name](scores[:, order], changed(seen, rows=rows, valid=seen.valid[:, order]), keep).keep
+    assert torch.equal(mixed, kept[:, order])
+
+
+@every
+@seeds
+def test_the_scale_of_the_features_does_not_matter(name, seed):
+    scores, seen, keep = drawn(seed)
+    kept = ALL[name](scores, seen, keep).keep
+    for factor in (1e-3, 7.0, 1e4):
+        assert torch.equal(ALL[name](scores, changed(seen, rows={FEATURES: factor * seen[FEATURES]}), keep).keep, kept)
+
+
+@every
+@seeds
+def test_what_is_hidden_does_not_matter(name, seed):
+    """Whatever stands there, also what is no number."""
+    scores, seen, keep = drawn(seed)
+    kept = ALL[name](scores, seen, keep).keep
+    features = seen[FEATURES].masked_fill(~seen.valid[:, None], torch.nan)
+    hidden = scores.masked_fill(~seen.valid, 5.0)
+    assert torch.equal(ALL[name](hidden, changed(seen, rows={FEATURES: features}), keep).keep, kept)
+
+
+@every
+@seeds
+def test_a_ragged_batch_is_each_image_alone(name, seed):
+    scores, seen, keep = drawn(seed)
+    kept = ALL[name](scores, seen, keep).keep
+    for image in range(IMAGES):
+        one, length = slice(image, image + 1), sum(h * w for h, w in seen.parts[image])
+        rows = {need: row[one, :, :length] for need, row in seen.rows.items()}
+        alone = Seen(rows, seen.valid[one, :length], seen.index[one, :length], seen.parts[one])
+        assert torch.equal(ALL[name](scores[one, :length], alone, keep[one]).keep[0], kept[image, :length])
+
+
+@pytest.mark.parametrize("name", [name for name in GREEDY if name != "quota"])
+def test_the_earlier_of_equals_wins(name):
+    """All tokens twice, the second time in the same order: of a pair the second one is never alone."""
+    scores, seen, _ = drawn(0, ragged=False)
+    rows = {need: row.repeat(1, 1, 2) for need, row in seen.rows.items()}
+    valid = torch.ones(IMAGES, 2 * TOKENS, dtype=torch.bool)
+    twice = Seen(rows, valid, torch.arange(2 * TOKENS).expand(IMAGES, -1), [[(10, 6)]] * IMAGES)
+    first, second = GREEDY[name](scores.repeat(1, 2), twice, torch.full((IMAGES,), 9)).keep.chunk(2, dim=1)
+    assert not (second & ~first).any()
+    assert first.any()
