@@ -26,7 +26,7 @@ GROUP = TokenStates(1)
 GREEDY = {
     "top k": select.top_k,
     "farthest": partial(cover.farthest, of=FEATURES),
-    "farthest, seeded": partial(cover.farthest, of=FEATURES, power=0.0),
+    "farthest, alone": partial(cover.farthest, of=FEATURES, power=0.0, alone=True),
     "facility": partial(cover.facility, of=FEATURES),
     "dpp": partial(cover.dpp, of=FEATURES),
     "quota": quota,

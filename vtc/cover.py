@@ -59,20 +59,23 @@ def row(matrix: Tensor, pick: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def farthest(scores: Tensor, seen: Seen, keep: Tensor, of: Need, power: float = 1.0) -> Choice:
+def farthest(scores: Tensor, seen: Seen, keep: Tensor, of: Need, power: float = 1.0, alone: bool = False) -> Choice:
     """Weighted farthest points: the highest score, then always the most of score^power times the distance.
 
     The distance is 1 - cosine to the nearest token that is picked (Gonzalez, "Clustering to minimize the maximum
-    intercluster distance", 1985, weighted). At power 0 scores decide about the first one only.
+    intercluster distance", 1985, weighted). `alone`: the first pick is the token whose nearest other one is farthest.
     """
     apart, weight = (1 - cosines(seen[of])).clamp(min=0), scores.clamp(min=0) ** power
-    nearest = torch.full_like(scores, 2.0)
+    nearest, first = torch.full_like(scores, 2.0), scores
+    if alone:
+        none = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device) | ~seen.valid[:, None]
+        first = apart.masked_fill(none, 2.0).amin(2)
 
     def taken(pick: Tensor) -> Tensor:
         torch.minimum(nearest, row(apart, pick), out=nearest)
         return nearest * weight
 
-    return _choice(scores, seen, keep, taken)
+    return _choice(first, seen, keep, taken)
 
 
 @torch.no_grad()
