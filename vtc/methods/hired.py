@@ -74,7 +74,7 @@ def _tiles(parts: tuple[Grid, ...], strips: bool, length: int) -> Tensor:
     """The tile of each token, from 1 on, 0 in the overview; and the tile in which a token of the overview lies, else 0:
     (2, length) int64. An image that is not an overview and a larger mosaic of tiles, with newlines, is all overview."""
     grid, row, column = places(parts, length)
-    if len(parts) != 2 or cells(parts[1]) <= cells(parts[0]):
+    if len(parts) != 2 or cells(parts[1:]) <= cells(parts[:1]):
         return torch.zeros(2, length, dtype=torch.long)
     (high, wide), (height, width) = parts[0], (parts[1][0], parts[1][1] - 1)
     rows, columns = math.ceil(height / high), math.ceil(width / wide)
