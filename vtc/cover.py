@@ -40,7 +40,9 @@ def greedy(gain: Tensor, valid: Tensor, count: int, taken: Callable[[Tensor], Te
     """
     left, picks = valid, []
     for _ in range(count):
-        picks.append(gain.masked_fill(~left, -math.inf).argmax(1, keepdim=True))
+        gain = gain.nan_to_num(-1e30, neginf=-1e30).masked_fill(~left, -math.inf)
+        most = gain.amax(1, keepdim=True)
+        picks.append((gain >= most - 1e-6 * most.abs()).int().argmax(1, keepdim=True))  # the first, but for rounding
         left = left.scatter(1, picks[-1], False)
         gain = taken(picks[-1])
     return torch.cat(picks, dim=1) if picks else valid.new_zeros(len(valid), 0, dtype=torch.long)

@@ -27,10 +27,11 @@ class Msdg(Method):
     product. Directions: unit(unit(h^23) - unit(h^2)), in 20 clusters by spherical k-means of 10 rounds from farthest
     points. Quotas: the softmax over clusters of their mean scores, by largest remainders.
 
-    The channel of sinks is the paper's for CLIP-L (650) and Qwen2.5-VL (849) where `channel` says so; else it is the
-    one whose largest state is most times its median over the image's patches. Layers are scaled to the depth of the
-    tower, and where some of its blocks cannot be seen (Qwen2.5-VL) to that of those that can. The question is the text
-    after the image. Tiles of an image compete, and survivors keep their positions.
+    The channel of sinks is the paper's for CLIP-L (650) and Qwen2.5-VL (849) where `channel` says so; else, ours, of
+    the 8 channels with the largest states the one whose largest is most times its median over the image's patches.
+    Layers are scaled to the depth of the tower, and where some of its blocks cannot be seen (Qwen2.5-VL) to that of
+    those that can. The question is the text after the image. Tiles of an image compete, and survivors keep their
+    positions.
     """
 
     clusters: PositiveInt = 20
@@ -64,9 +65,10 @@ class Msdg(Method):
         """The tokens that are no sinks, by the size of their states (images, width, tokens): (images, tokens) bool."""
         if self.channel is not None:
             return valid & (states[:, self.channel] <= self.sink)
+        largest = states.masked_fill(~valid[:, None], 0).amax(2).topk(min(8, states.shape[1]), dim=1)
+        states = states.gather(1, largest.indices[..., None].expand(-1, -1, states.shape[2]))
         middle = states.masked_fill(~valid[:, None], torch.nan).nanmedian(2).values
-        states = states.masked_fill(~valid[:, None], 0)
-        channel = (states.amax(2) / middle.clamp(min=1e-8)).argmax(1)
+        channel = (largest.values / middle.clamp(min=1e-8)).argmax(1)
         return valid & (states[torch.arange(len(states)), channel] <= self.sink)
 
     @torch.no_grad()
