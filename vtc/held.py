@@ -84,6 +84,13 @@ class Held:
         shift = None if self.shift is None else self.shift[index.to(self.shift.device)]
         return replace(self, layers=self._each(lambda columns: columns.rows(index)), shift=shift)
 
+    def positions(self, kwargs: dict[str, Any]) -> Tensor:
+        """(..., batch or 1, length): where a text model that is called with `kwargs` would put its tokens."""
+        if (positions := kwargs.get("position_ids")) is None:
+            embeds = kwargs["inputs_embeds"]
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.seen
+        return positions if self.shift is None else positions - self.shift
+
     def attach(self, cache: Any) -> None:
         """Leave the state on the cache, for the next call."""
         if not isinstance(cache, HeldCache):

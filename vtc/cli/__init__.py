@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, pictures, speed, training
+from vtc.cli import about, accuracy, fitting, pictures, speed, training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,8 +33,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "faithfulness": accuracy.faithfulness,
     "tune": accuracy.tune,
+    "fit": fitting.fit,
     "layers": accuracy.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,
