@@ -23,6 +23,10 @@ from vtc.eval.rows import Asked
 Kept = TypeVar("Kept", bound=Asked)
 
 
+class OtherRunError(ValueError):
+    """A folder that holds the results of another run."""
+
+
 class Store(Generic[Kept]):
     """The lines of one run in a file, by `key_of`: append-only, flushed a batch at a time."""
 
@@ -134,7 +138,18 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
+    harness = (
+        "run",
+        "mis",
+        "folder",
+        "reader",
+        "benchmarks",
+        "material",
+        "scenes",
+        "suites",
+        "suite_model",
+        "arguments",
+    )
     files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
@@ -169,7 +184,7 @@ def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str =
 
 
 def check(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> bool:
-    """Whether the run `config` goes on in `out`; nothing is written. Raises ValueError where `out` holds another run.
+    """Whether the run `config` goes on in `out`; nothing is written. Raises OtherRunError where `out` holds another.
 
     `results` is the name, or the pattern of the names, of the files that tell that something was run there.
     """
@@ -178,7 +193,7 @@ def check(out: Path, config: dict[str, Any], restart: bool, results: str = "resu
     settings = out / "config.json"
     differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
     if differing:
-        raise ValueError(
+        raise OtherRunError(
             f"{out} holds another run ({'; '.join(differing)}): "
             "choose another --out to keep it, or start over with --restart"
         )
