@@ -150,7 +150,7 @@ def _source_digest() -> str:
         "suite_model",
         "arguments",
     )
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "arguments")}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
 
 if TYPE_CHECKING:
