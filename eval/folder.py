@@ -19,6 +19,7 @@ from torch import nn
 import vtc
 from vtc.adapter import find
 from vtc.eval.rows import Asked
+from vtc.methods import with_budget
 
 Kept = TypeVar("Kept", bound=Asked)
 
@@ -93,8 +94,10 @@ def method_digests(
     model: nn.Module, methods: Mapping[str, str | vtc.Method], budgets: Sequence[vtc.Budget]
 ) -> dict[str, str]:
     """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
+    found = {name: with_budget(method) for name, method in methods.items()}
     return {
-        f"method {name}": _method_digest(model, vtc.find_method(method), budgets) for name, method in methods.items()
+        f"method {name}": _method_digest(model, method, budgets if own is None else (own,))
+        for name, (method, own) in found.items()
     }
 
 
@@ -138,19 +141,8 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = (
-        "run",
-        "mis",
-        "folder",
-        "reader",
-        "benchmarks",
-        "material",
-        "scenes",
-        "suites",
-        "suite_model",
-        "arguments",
-    )
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "arguments")}
+    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "mis")}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
     for file in sorted(files):

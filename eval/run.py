@@ -22,6 +22,7 @@ from vtc.eval import benchmarks, folder, mis, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.methods import with_budget
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,10 +136,16 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
     for method in dict.fromkeys(m for m in settings.methods if m not in report.ALWAYS):
         if method == SMALLER:
             _check_smaller(reader, inputs)
-        for budget in dict.fromkeys(settings.budgets):
+        for budget in budgets_of(method, settings.budgets):
             arms.append(Arm(method, budget, budget))
             list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
+
+
+def budgets_of(method: str | vtc.Method, budgets: Sequence[int | float]) -> list[int | float]:
+    """What a method is run at: the budget that its JSON file names, else all of `budgets`."""
+    own = None if method == SMALLER else with_budget(method)[1]
+    return [own] if own is not None else list(dict.fromkeys(budgets))
 
 
 def _run_batch(

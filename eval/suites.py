@@ -300,8 +300,9 @@ def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     image is decided by itself.
     """
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
-    for method in settings.named:
-        arms += [_reachable(lm, settings, Arm(method, budget, budget)) for budget in dict.fromkeys(settings.budgets)]
+    for name, method in settings.named.items():
+        budgets = run.budgets_of(method, settings.budgets)
+        arms += [_reachable(lm, settings, Arm(name, budget, budget)) for budget in budgets]
     for arm in arms:
         _use(lm, settings, arm)
         for task in tasks.values():

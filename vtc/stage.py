@@ -29,6 +29,8 @@ Layer = Annotated[int, Field(ge=1)]
 """The number of a decoder layer that tokens leave before; its score is seen in the one before."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of the whole."""
+EVIDENCE = "evidence"
+"""The entry of a method's JSON file that nobody reads but people."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,18 @@ class Method:
             method = replace(method, **{field_name: tuple(entries) if index else value})
         return method
 
-    def to_json(self, path: str | Path) -> None:
-        """Write name and hyper-parameters to a JSON file, which stands for the method wherever one is named."""
-        Path(path).write_text(json.dumps({"method": self.name, **asdict(self)}, indent=2) + "\n")
+    def to_json(self, path: str | Path, budget: Budget | None = None, evidence: Any = None) -> None:
+        """Write name and hyper-parameters to a JSON file, which stands for the method wherever one is named.
+
+        Where a `budget` is written, too, it holds where no other is given. `evidence` is what speaks for the choice,
+        for people to read.
+        """
+        more = {name: x for name, x in (("budget", budget), (EVIDENCE, evidence)) if x is not None}
+        Path(path).write_text(json.dumps({"method": self.name, **self._settings(), **more}, indent=2) + "\n")
+
+    def _settings(self) -> dict[str, Any]:
+        """The hyper-parameters."""
+        return asdict(self)
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:

@@ -34,11 +34,11 @@ class Trained(Method):
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(replace(self, modules=None)).items() if name != "modules"}
 
-    def to_json(self, path: str | Path) -> None:
+    def to_json(self, path: str | Path, budget: Budget | None = None, evidence: Any = None) -> None:
         """Write the hyper-parameters. Raises ValueError where modules would be lost: they need `save_pretrained`."""
         if self.modules is not None:
             raise ValueError("trained modules do not fit into a JSON file: use save_pretrained(folder)")
-        Path(path).write_text(json.dumps({"method": self.name, **self._settings()}, indent=2) + "\n")
+        super().to_json(path, budget, evidence)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors. Raises ValueError where there are no modules."""

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "faithfulness": accuracy.faithfulness,
     "tune": choosing.tune,
+    "choose": choosing.choose,
     "layers": accuracy.layers,
     "bench": speed.bench,
     "peers": speed.peers,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vtc.stage import Method
+    from vtc.stage import Budget, Method
 
 
 @cache
@@ -40,22 +40,37 @@ def find_method(name: str | Path | Method) -> Method:
     """The method that a text stands for.
 
     Args:
-        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`
-            or `vtc tune` wrote; a method stands for itself.
+        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`,
+            `vtc tune` or `vtc choose` wrote; a method stands for itself.
 
     Raises:
         ValueError: what names no method, with the known ones, or with the file and the field that is wrong.
         OSError: a file that cannot be read.
     """
-    from vtc.stage import Method, read_json
+    return with_budget(name)[0]
+
+
+def with_budget(name: str | Path | Method) -> tuple[Method, Budget | None]:
+    """The method that a text stands for, and the budget where it is a JSON file that names one (`vtc choose`).
+
+    Takes and raises what `find_method` does.
+    """
+    from vtc.budget import check_budget
+    from vtc.stage import EVIDENCE, Method, read_json
 
     if isinstance(name, Method):
-        return name
+        return name, None
     name = str(name)
-    if name.endswith(".json"):
-        settings = read_json(name)
-        return _kind(settings.pop("method", None), f"{name}: method is ").described(settings, name)
-    return _kind(name, "unknown method ")()
+    if not name.endswith(".json"):
+        return _kind(name, "unknown method ")(), None
+    settings = read_json(name)
+    kind, budget = _kind(settings.pop("method", None), f"{name}: method is "), settings.pop("budget", None)
+    try:
+        check_budget(budget)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    settings.pop(EVIDENCE, None)
+    return kind.described(settings, name), budget
 
 
 def described() -> dict[str, tuple[str, str]]:
