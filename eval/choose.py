@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,15 +164,15 @@ def examine(agree: Agree, candidate: Candidate, images: Sequence[int], promise: 
     return Tested(candidate, seen, agreeing, lower_bound(agreeing, seen) if seen - agreeing <= allowed else None)
 
 
-def choose(
-    agree: Agree, methods: Sequence[str], budgets: Sequence[vtc.Budget], images: int, promise: float, seed: int = 0
-) -> Verdict:
+def choose(agree: Agree, candidates: Sequence[Candidate], images: int, promise: float, seed: int = 0) -> Verdict:
     """Search and test. Raises ValueError for too few images, and for budgets that have no order."""
+    budgets = {candidate.budget for candidate in candidates}
     if len({type(budget) for budget in budgets}) > 1:
         raise ValueError("budgets are all fractions or all numbers of tokens: else nobody knows which is the larger")
     search, held = deal(images, promise, seed)
     tested: list[Tested] = []
-    for budget in sorted(set(budgets), reverse=True):
+    for budget in sorted(budgets, reverse=True):
+        methods = [candidate.method for candidate in candidates if candidate.budget == budget]
         if (method := halve(agree, methods, budget, search)) is None:
             continue
         tested.append(examine(agree, Candidate(method, budget), held, promise))
@@ -338,8 +339,8 @@ ANSWERS = ("model", "batch_size", "max_new_tokens")
 def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False) -> tuple[Verdict, dict[str, str]]:
     """Choose, resuming what `out` holds of the same run, and write choice.json there.
 
-    Returns the verdict, and why methods that cannot work on this model were left out. Raises ValueError for what cannot
-    be read, for too few images, and for a folder that holds another run; all before the model is loaded but the last.
+    Returns the verdict, and why what cannot work on this model was left out, by its name. Raises
+    ValueError for what cannot be read, for too few images, and for a folder that holds another run.
     """
     images, digests = find_images(Path(settings.images), bar)
     questions = find_questions(Path(settings.questions) if settings.questions else None, images)
@@ -348,43 +349,55 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     deal(len(images), settings.agree, settings.seed)
     path, device = model_path(settings.model), pick_device(settings.device)
     reader = load(path, device, settings.max_new_tokens)
-    methods, refused = _working(reader, settings.methods)
+    candidates, refused = working(reader, settings.methods, settings.budgets)
+    methods = {candidate.method: candidate.method for candidate in candidates}
     data = hashlib.sha256(json.dumps([digests, questions]).encode()).hexdigest()[:16]
-    found = folder.method_digests(reader.model, {name: name for name in methods}, [])
+    found = folder.method_digests(reader.model, methods, [])
     asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
     config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
     folder.open_folder(out, config, restart)
     album = Album(reader, images, questions, Store(out / "results.jsonl"), settings.batch_size)
-    with progress.bar("asking", _at_most(settings, len(methods), len(images)), shown=bar) as album.tick:
-        verdict = choose(album, methods, settings.budgets, len(images), settings.agree, settings.seed)
+    with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
+        verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
     write(verdict, settings, album, out / "choice.json")
     return verdict, refused
 
 
-def _working(reader: Reader, methods: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The methods that this model can be wrapped with, and why not others. Raises ValueError where none is left."""
+def working(
+    reader: Reader, methods: Sequence[str], budgets: Sequence[vtc.Budget]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """What this model can be wrapped with, and why not the rest. Raises ValueError where nothing is left.
+
+    A budget that is out of reach is not refused here: that may hang on the image.
+    """
+    left: list[Candidate] = []
     refused: dict[str, str] = {}
     for name in dict.fromkeys(methods):
         method, own = with_budget(name)
         if own is not None:
             raise ValueError(f"{name} names a budget, and the budget is what is looked for: take it out of the file")
-        try:
-            with vtc.compressed(reader.model, method, 1.0):
-                pass
-        except ValueError as error:
-            refused[name] = str(error)
-    if not (left := [name for name in dict.fromkeys(methods) if name not in refused]):
+        for budget in dict.fromkeys(budgets):
+            try:
+                with vtc.compressed(reader.model, method, budget):
+                    left.append(Candidate(name, budget))
+            except vtc.BudgetError:
+                left.append(Candidate(name, budget))
+            except ValueError as error:
+                refused[f"{name} at {report.written(budget)}"] = str(error)
+    if not left:
         raise ValueError(f"no method works on this model: {'; '.join(refused.values())}")
     return left, refused
 
 
-def _at_most(settings: Settings, methods: int, images: int) -> int:
+def _at_most(settings: Settings, candidates: Sequence[Candidate], images: int) -> int:
     """How many images candidates are asked about, at the most."""
     search, held = deal(images, settings.agree, settings.seed)
-    asked = len(held)
-    for new, stay in rounds(methods, len(search)):
-        asked, methods = asked + methods * len(new), stay
-    return len(set(settings.budgets)) * asked
+    asked = 0
+    for methods in Counter(candidate.budget for candidate in candidates).values():
+        asked += len(held)
+        for new, stay in rounds(methods, len(search)):
+            asked, methods = asked + methods * len(new), stay
+    return asked
 
 
 def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> None:
