@@ -31,7 +31,7 @@ from vtc.eval.images import open_image
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Asked
 from vtc.eval.tune import SUFFIXES
-from vtc.methods import with_budget
+from vtc.methods.compose import with_budget
 
 CONFIDENCE = 0.95
 SEARCH = 16
@@ -350,9 +350,10 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     path, device = model_path(settings.model), pick_device(settings.device)
     reader = load(path, device, settings.max_new_tokens)
     candidates, refused = working(reader, settings.methods, settings.budgets)
-    methods = {candidate.method: candidate.method for candidate in candidates}
     data = hashlib.sha256(json.dumps([digests, questions]).encode()).hexdigest()[:16]
-    found = folder.method_digests(reader.model, methods, [])
+    found: dict[str, str] = {}
+    for name in {candidate.method for candidate in candidates}:
+        found |= folder.method_digests(reader.model, {name: name}, [x.budget for x in candidates if x.method == name])
     asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
     config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
     folder.open_folder(out, config, restart)

@@ -22,7 +22,7 @@ from vtc.eval import benchmarks, folder, mis, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
-from vtc.methods import with_budget
+from vtc.methods.compose import with_budget
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ import vtc
 from vtc.eval import choose, promise, run
 from vtc.eval.choose import Candidate
 from vtc.eval.reader import load
-from vtc.methods import with_budget
+from vtc.methods.compose import with_budget
 
 # -- the bound ------------------------------------------------------------------------------------------------------
 

@@ -71,14 +71,15 @@ def counts(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> 
         return (tokens,) * len(sites)
     if target == 0 and all(isinstance(site, Cache) or site == 0 for site in sites):
         return (0,) * len(sites)
-    return _rounded(_solved(method, tokens, target, sites, shape.decoder_layers))
+    return _rounded(_solved(method, tokens, target, sites, shape))
 
 
-def _solved(method: Method, tokens: int, target: float, sites: tuple[Site, ...], depth: int) -> tuple[float, ...]:
+def _solved(method: Method, tokens: int, target: float, sites: tuple[Site, ...], shape: Shape) -> tuple[float, ...]:
     """The method's schedule at the strength that meets the target."""
+    depth = shape.decoder_layers
 
     def kept(strength: float) -> tuple[float, ...]:
-        return _clamped(tokens, method.schedule(strength, len(sites)))
+        return _clamped(tokens, method.schedule(strength, shape))
 
     least = kept(math.inf)
     floor = average_tokens(tokens, least, sites, depth)

@@ -12,7 +12,7 @@ from torch import nn
 from vtc.compression import Compression
 from vtc.force import changed
 from vtc.hooks import Hooks
-from vtc.methods import with_budget
+from vtc.methods.compose import with_budget
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "choose": choosing.choose,
     "layers": accuracy.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,

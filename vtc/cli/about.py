@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,16 +15,62 @@ import vtc
 from vtc.cli.terminal import quiet
 
 
-def methods() -> None:
-    """List the methods with one line and the paper each."""
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it, with figures.")] = False,
+) -> None:
+    """List the methods: where tokens leave in a model of 32 layers, whether they are trained, see the question, merge.
+
+    Wherever a method is named, there may be several with + between them, one after the other on one budget, and behind
+    each @sinks (patches of extreme norm come last) or @debias (attention in the decoder without its trend to favour
+    what comes late), as in vtc-cls@sinks+fastv.
+    """
     from rich.table import Table
 
-    from vtc.methods import described
+    quiet()
+    from vtc.methods.overview import overview
 
-    table = Table("method", "what it does", "paper")
-    for name, (line, paper) in described().items():
-        table.add_row(name, escape(line), escape(paper))
+    if markdown:
+        typer.echo(methods_table(), nl=False)
+        return
+    table = Table("method", "where", "trained", "question", "merges", "what it does", "paper")
+    for one in overview():
+        flags = ("yes" * flag for flag in (one.trained, one.question, one.merges))
+        table.add_row(one.name, one.where, *flags, escape(one.line), escape(one.paper))
     Console().print(table)
+
+
+BUDGETS = 0.5, 0.25, 0.11
+
+
+def methods_table() -> str:
+    """The table of methods in Markdown; first those with the best accuracy at a quarter of the tokens.
+
+    Accuracy in percent at `BUDGETS`, with half of the 95 % interval, from the summary that ships.
+    """
+    import vtc.eval
+    from vtc.methods.overview import overview
+
+    summary = Path(vtc.eval.__file__).parent / "results/scenes/summary.json"
+    rows = {(row["method"], row["budget"]): row for row in json.loads(summary.read_text())}
+    full = rows["full", 1.0]["tokens"]
+
+    def cell(method: str, budget: float) -> str:
+        if (row := rows.get((method, budget))) is None:
+            return ""
+        half = (row["accuracy_high"] - row["accuracy_low"]) / 2
+        figure = f"{100 * row['accuracy']:.1f} ± {100 * half:.1f}"
+        return figure if row["reachable"] else f"{figure} at {row['tokens'] / full:.0%}"
+
+    found = sorted(overview(), key=lambda one: -rows.get((one.name, BUDGETS[1]), {"accuracy": 0})["accuracy"])
+    lines = [
+        "| method | where | trained | question | merges | " + " | ".join(f"{b:.0%}" for b in BUDGETS) + " | paper |",
+        "|" + " --- |" * (6 + len(BUDGETS)),
+    ]
+    for one in found:
+        flags = ("yes" * flag for flag in (one.trained, one.question, one.merges))
+        cells = (f"`{one.name}`", one.where, *flags, *(cell(one.name, budget) for budget in BUDGETS), one.paper)
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
 
 
 def tasks() -> None:
