@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "faithfulness": accuracy.faithfulness,
     "tune": choosing.tune,
     "choose": choosing.choose,
+    "table": choosing.table,
     "layers": accuracy.layers,
     "bench": speed.bench,
     "selection": speed.selection,

@@ -112,3 +112,58 @@ def choose(
     for sentence in choosing.sentences(verdict, agree):
         console.print(sentence, markup=False, highlight=False)
     console.print(str(out / "choice.json"), markup=False, highlight=False)
+
+
+def table(
+    models: Annotated[
+        str, typer.Option("--models", "--model", help="Comma-separated: 'reference', folders, Hugging Face ids.")
+    ] = "reference",
+    benchmarks: Annotated[str, typer.Option(help="Comma-separated: scenes, pages.")] = "scenes,pages",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; unless given all that drop before the first word of an answer.")
+    ] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
+    ] = "0.5,0.25,0.11,0.05",
+    limit: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    against: Annotated[str, typer.Option(help="The method that paired intervals compare all others with.")] = "random",
+    bench: Annotated[
+        str, typer.Option(help="Comma-separated JSON files of `vtc bench` or `vtc selection`: what choosing costs.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the table and its pieces; the same command goes on with it.")
+    ] = Path("out/table"),
+) -> None:
+    """Compare all methods: benchmarks by budgets by models, with paired intervals, ranks and costs.
+
+    Writes table.json, table.md and density.png to --out, and for each piece (model, benchmark, method) a folder as of
+    `vtc eval`. A second process with the same --out takes the pieces that the first one is not at.
+
+    Examples:
+
+      vtc table --limit 20 --methods tome,uniform,random --out out/try
+
+      for core in 1 2; do OMP_NUM_THREADS=1 vtc table --out out/table & done; wait; vtc table --out out/table
+    """
+    chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
+    check_methods(*(chosen or ()), against)
+    need("matplotlib", "sklearn", "scipy", extra="eval")
+    note_one(spend)
+    quiet()
+    from vtc.eval import density, folder, standings
+    from vtc.eval import table as tables
+
+    costs = standings.shares([Path(name) for name in split(bench)]) if bench else {}
+    asked = tables.Settings(split(models), split(benchmarks), chosen, spend, limit, seed, batch_size, device)
+    found, elsewhere = tables.evaluate(asked, out, bar=True)
+    if elsewhere:
+        note(f"{elsewhere} pieces are with another process: the table is without them, run this again when it is done")
+    names = list(chosen or tables.comparable())
+    standing, means = standings.stand(found, names, against, seed, costs)
+    folder.write_json(out / "table.json", standing)
+    (out / "table.md").write_text(text := standings.markdown(standing, means, seed), encoding="utf-8")
+    density.picture(means, list(standing["ranks"][standings.ALL]["mean_rank"]), against, out / "density.png")
+    typer.echo(text + f"{out}: table.json, table.md, density.png")
