@@ -25,6 +25,7 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
     grey.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     budgets = list(dict.fromkeys(budget for method, budget in means[0].arms if method in methods))
     density = np.concatenate([one.density for one in means])
@@ -59,6 +60,8 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:.2g}" for value in x], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
     figure.supxlabel("density of the image: bits a patch (bins of equally many questions)", fontsize=9)
     figure.supylabel("accuracy less the full model's, points", fontsize=9)
     labels = [(name, {"color": report.COLOURS[i], "marker": report.MARKERS[i]}) for i, name in enumerate(coloured)]
