@@ -372,3 +372,28 @@ def test_a_file_with_a_budget_is_no_candidate(tiny, tmp_path):  # noqa: F811
     vtc.Uniform().to_json(tmp_path / "choice.json", 0.25)
     with pytest.raises(ValueError, match=r"choice\.json names a budget"):
         choose.working(load(str(tiny), "cpu"), [str(tmp_path / "choice.json")], [0.5])
+
+
+def test_ask_runs_a_file_at_its_own_budget(photos, tiny, tmp_path):  # noqa: F811
+    vtc.Uniform().to_json(tmp_path / "choice.json", 0.5)
+    asked = ("ask", photos / "00.png", "what", "--model", tiny, "--method", tmp_path / "choice.json")
+    assert "8 of 16 visual tokens" in run_vtc(*asked, "--max-new-tokens", 2).stderr
+    assert "4 of 16 visual tokens" in run_vtc(*asked, "--max-new-tokens", 2, "--budget", 4).stderr
+
+
+def test_the_demo_opens_with_a_file(tmp_path):
+    page = pytest.importorskip("vtc.demo.page")
+    from vtc.demo import link
+    from vtc.demo.inspector import Inspector
+    from vtc.eval.reader import model_path
+
+    vtc.FastV(layer=3, ratio=0.75).to_json(tmp_path / "choice.json", 72, {"agree": 0.98})
+    inspector = Inspector(load(model_path("reference"), "cpu"), "reference")
+    first = link.chosen(str(tmp_path / "choice.json"), inspector.tokens)
+    opened = page.Page(inspector, first)
+    assert (opened.method.value, opened.budget.value) == ("fastv", 50)
+    assert {name: box.value for name, box in opened.fields["fastv"].items()} == {"layer": 3, "ratio": 0.75}
+    assert opened.groups["fastv"].visible
+    assert not opened.groups["vtc-cls"].visible
+    with pytest.raises(ValueError, match="the page has single methods"):
+        link.chosen("vtc-cls+fastv", inspector.tokens)
