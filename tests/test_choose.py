@@ -335,7 +335,7 @@ def test_nothing_to_prune_is_a_file_that_prunes_nothing(photos, tiny, tmp_path):
         (["--agree", "1"], 1, "error: an agreement of 1 cannot be promised"),
         (["--methods", "fast"], 1, "unknown method 'fast'"),
         (["--questions", "none.txt"], 1, "no such file of questions"),
-        (["--images", "nowhere"], 2, "does not exist"),
+        (["--images", "nowhere"], 1, "no such folder of images: nowhere"),
         (["--model", "./nothing"], 1, "is not a model folder"),
     ],
 )

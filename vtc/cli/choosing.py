@@ -51,7 +51,7 @@ def tune(
 
 
 def choose(
-    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="A folder of your images, copies aside.")],
+    images: Annotated[Path, typer.Option(help="A folder of your images; copies of a file count once.")],
     model: Model = "reference",
     questions: Annotated[
         Path | None,
