@@ -1,5 +1,6 @@
 """What the list of methods says of each, against what each does."""
 
+import methods_table
 import pytest
 import torch
 from bare import logits
@@ -7,11 +8,9 @@ from models import prompt
 from table import HARD, METHODS, merges
 
 import vtc
-from vtc.methods.overview import TYPICAL, Overview, of, overview
-from vtc.methods.random_kv import RandomKv
+from vtc.methods.fastv import FastV
+from vtc.methods.overview import FILE, Overview, of, overview
 from vtc.methods.tome import ToMe
-from vtc.methods.vtc_cls import VtcCls
-from vtc.stage import Cache
 
 
 @pytest.mark.parametrize("setting", METHODS)
@@ -33,14 +32,19 @@ def differs(model, method, budget, seed) -> bool:
     return not all(map(torch.equal, *kept))
 
 
-def test_the_list_has_every_method_once():
-    found = overview()
-    assert [one.name for one in found] == list(vtc.list_methods())
-    for one in found:
-        assert one.line
-        assert one.where
-        assert one.merges == any(merges(name) for name in METHODS if METHODS[name][0].name == one.name)
-    assert {one.name for one in found if one.trained} == {"atp"}
+def test_the_file_that_ships_is_what_the_methods_say():
+    """`python tests/methods_table.py` writes it."""
+    assert methods_table.written() == FILE.read_text()
+    assert overview() == {name: of(kind()) for name, kind in vtc.list_methods().items()}
+    assert {name for name, one in overview().items() if one.trained} == {"atp"}
+    for name, one in overview().items():
+        assert one.merges == any(merges(setting) for setting in METHODS if METHODS[setting][0].name == name)
+
+
+def test_a_method_that_the_file_does_not_know_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtc.methods.overview.FILE", tmp_path / "overview.json")
+    (tmp_path / "overview.json").write_text("{}")
+    assert overview()["fastv"] == of(FastV())
 
 
 def test_where_tokens_leave():
@@ -53,15 +57,11 @@ def test_where_tokens_leave():
     assert where("vflowopt") == "before the decoder; layers 10, 21 of 32"
     assert where("random-kv") == "the cache of each layer"
     assert where("vtc-cls+fastv+random-kv") == "before the decoder; layer 2 of 32; the cache of each layer"
-    assert all(isinstance(stage.site, Cache) for stage in RandomKv().stages(TYPICAL))
 
 
 def test_what_is_composed_is_described_too():
-    chain = of(vtc.Chain(ToMe(), "fastv@debias"))
-    assert chain == Overview(
-        "tome+fastv@debias", "inside the vision tower; layer 2 of 32", False, True, True, "",
-        "ToMe, arXiv 2210.09461; FastV, arXiv 2403.06764; attention debiasing, arXiv 2508.17807",
-    )  # fmt: skip
+    chain = vtc.Chain(ToMe(), "fastv@debias")
+    assert of(chain) == Overview("inside the vision tower; layer 2 of 32", False, True, True)
+    assert chain.paper == "ToMe, arXiv 2210.09461; FastV, arXiv 2403.06764; attention debiasing, arXiv 2508.17807"
     assert not of(vtc.find_method("vtc-cls@sinks")).question
     assert of(HARD["atp"][0]).trained
-    assert of(VtcCls(), "one").line == "one"

@@ -183,7 +183,7 @@ def test_hiding_tokens_is_dropping_them(checkpoint):
     torch.testing.assert_close(hidden, pruned, atol=1e-4, rtol=1e-4)
 
 
-# -- the commands, as processes ---------------------------------------------------------------------------------------
+# -- the commands -----------------------------------------------------------------------------------------------------
 
 
 def succeeded(*arguments):

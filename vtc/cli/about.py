@@ -26,16 +26,15 @@ def methods(
     """
     from rich.table import Table
 
-    quiet()
+    from vtc.methods import described
     from vtc.methods.overview import overview
 
     if markdown:
         typer.echo(methods_table(), nl=False)
         return
-    table = Table("method", "where", "trained", "question", "merges", "what it does", "paper")
-    for one in overview():
-        flags = ("yes" * flag for flag in (one.trained, one.question, one.merges))
-        table.add_row(one.name, one.where, *flags, escape(one.line), escape(one.paper))
+    table, lines = Table("method", "where", "trained", "question", "merges", "what it does", "paper"), described()
+    for name, one in overview().items():
+        table.add_row(name, one.where, *one.flags, *map(escape, lines[name]))
     Console().print(table)
 
 
@@ -48,6 +47,7 @@ def methods_table() -> str:
     Accuracy in percent at `BUDGETS`, with half of the 95 % interval, from the summary that ships.
     """
     import vtc.eval
+    from vtc.methods import described
     from vtc.methods.overview import overview
 
     summary = Path(vtc.eval.__file__).parent / "results/scenes/summary.json"
@@ -61,16 +61,15 @@ def methods_table() -> str:
         figure = f"{100 * row['accuracy']:.1f} ± {100 * half:.1f}"
         return figure if row["reachable"] else f"{figure} at {row['tokens'] / full:.0%}"
 
-    found = sorted(overview(), key=lambda one: -rows.get((one.name, BUDGETS[1]), {"accuracy": 0})["accuracy"])
-    lines = [
-        "| method | where | trained | question | merges | " + " | ".join(f"{b:.0%}" for b in BUDGETS) + " | paper |",
-        "|" + " --- |" * (6 + len(BUDGETS)),
-    ]
-    for one in found:
-        flags = ("yes" * flag for flag in (one.trained, one.question, one.merges))
-        cells = (f"`{one.name}`", one.where, *flags, *(cell(one.name, budget) for budget in BUDGETS), one.paper)
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
-    return "\n".join(lines) + "\n"
+    def rank(name: str) -> float:
+        return -rows.get((name, BUDGETS[1]), {"accuracy": 0})["accuracy"]
+
+    head = ("method", "where", "trained", "question", "merges", *(f"{budget:.0%}" for budget in BUDGETS), "paper")
+    lines, found, papers = [head, ("---",) * len(head)], overview(), described()
+    for name in sorted(found, key=rank):
+        cells = (cell(name, budget) for budget in BUDGETS)
+        lines.append((f"`{name}`", found[name].where, *found[name].flags, *cells, papers[name][1]))
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
 
 def tasks() -> None:
