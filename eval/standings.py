@@ -275,11 +275,12 @@ def markdown(standing: Standing, means: Sequence[Scores], seed: int) -> str:
     lines = [[*head, *ranked, "cost", "paper"]]
     lines.append(["---"] * len(lines[0]))
     for name in order:
-        about, share = of(find_method(name)), standing["shares"].get(name)
-        row = [f"`{name}`", about.where, *("yes" * flag for flag in (about.trained, about.question, about.merges))]
+        method, share = find_method(name), standing["shares"].get(name)
+        about = of(method)
+        row = [f"`{name}`", about.where, *about.flags]
         row += [_figure(found[where, name, budget], found[where, "full", 1.0]) for where, budget in columns]
         row += [f"{standing['ranks'][key]['mean_rank'][name]:.1f}" for key in ranked.values()]
-        lines.append([*row, "" if share is None else f"{share:.1%}", about.paper])
+        lines.append([*row, "" if share is None else f"{share:.1%}", method.paper])
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_legend(standing, means, found)]) + "\n"
 
 

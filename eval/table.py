@@ -22,8 +22,7 @@ from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Line
 from vtc.eval.run import Shared
 from vtc.methods.compose import with_budget
-from vtc.methods.overview import TYPICAL
-from vtc.stage import Cache
+from vtc.methods.overview import overview
 
 BASE = "always"
 """The folder of what every method is compared with: no method at all."""
@@ -68,8 +67,7 @@ def comparable() -> list[str]:
 
     What leaves the cache after prefill has been read by the first token.
     """
-    kinds = vtc.list_methods().items()
-    return [name for name, kind in kinds if not all(isinstance(x.site, Cache) for x in kind().stages(TYPICAL))]
+    return [name for name, one in overview().items() if not one.where.startswith("the cache")]
 
 
 def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Answers], int]:
