@@ -31,6 +31,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc sh
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
+    "compare": accuracy.compare,
     "faithfulness": accuracy.faithfulness,
     "tune": accuracy.tune,
     "layers": accuracy.layers,

@@ -1,4 +1,4 @@
-"""`vtc eval`, `faithfulness`, `tune` and `layers`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `compare`, `faithfulness`, `tune`, `layers`: what answers cost in accuracy, and what to do about it."""
 
 from __future__ import annotations
 
@@ -137,6 +137,27 @@ def _show(task: str, rows: list[Row], where: Path) -> None:
     if figures := published.table(task, rows):
         console.print(figures)
     console.print(f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+
+
+def compare(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `vtc eval` got as --out.")],
+    method: Annotated[str, typer.Argument(help="One of its methods, as it was named there.")],
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare one method of a run with each other one and the full model: paired differences, question by question.
+
+    Writes compare.json to the folder.
+
+    Example:
+
+      vtc compare out/eval vtc-cls
+    """
+    from vtc.eval import paired
+    from vtc.eval.folder import write_json
+
+    rows = paired.compare(folder, method, seed)
+    write_json(folder / "compare.json", rows)
+    Console().print(paired.table(rows))
 
 
 def faithfulness(
