@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, pictures, speed, training
+from vtc.cli import about, accuracy, pictures, speed, training, tuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,8 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "compare": accuracy.compare,
     "faithfulness": accuracy.faithfulness,
-    "tune": accuracy.tune,
-    "layers": accuracy.layers,
+    "tune": tuning.tune,
+    "layers": tuning.layers,
     "bench": speed.bench,
     "peers": speed.peers,
     "throughput": speed.throughput,
