@@ -178,7 +178,6 @@ class Forward:
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled layers compute; what happens between them is no part of their graphs
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The whole story of a decoder layer: observe, let the stages choose, and hand on what the layer reads."""
         tables, late = kwargs["position_embeddings"], self.call.late
@@ -199,7 +198,6 @@ class Forward:
         own = {"attention_mask": mask, "position_embeddings": self.tables[layer], "position_ids": None}
         return hidden, {**kwargs, **own}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):

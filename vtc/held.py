@@ -47,8 +47,8 @@ class Held:
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
     def check(self, shown: Tensor) -> None:
-        """Raise ValueError where a mask `shown` (batch, seen) bool hides tokens that a pruned cache holds, and that were
-        not hidden when they went in. That waits for the device."""
+        """Raise ValueError where a mask `shown` (batch, seen) bool hides what was not hidden when it went into
+        a pruned cache, which holds it still. That waits for the device."""
         if not self.pruned or shown.shape[1] != self.seen:
             return
         for columns in {id(columns): columns for columns in self.layers}.values():
