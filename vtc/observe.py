@@ -160,6 +160,8 @@ class QuestionCosine(TokenStates):
 
     over: Literal["mean", "max"] = "mean"
 
+    reads_text: ClassVar[bool] = True
+
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         positions, asks = view.text_after_images()
         text = gather(view.hidden, positions).float()[view.stream.row]
