@@ -26,7 +26,7 @@ GROUP = TokenStates(1)
 GREEDY = {
     "top k": select.top_k,
     "farthest": partial(cover.farthest, of=FEATURES),
-    "farthest, seeded": partial(cover.farthest, of=FEATURES, power=0.0),
+    "farthest, alone": partial(cover.farthest, of=FEATURES, power=0.0, alone=True),
     "facility": partial(cover.facility, of=FEATURES),
     "dpp": partial(cover.dpp, of=FEATURES),
     "quota": quota,
@@ -40,11 +40,13 @@ seeds = pytest.mark.parametrize("seed", range(4))
 def drawn(seed, ragged=True):
     """Scores, what was seen, and how many are to stay; images of different sizes, with holes."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(IMAGES, 12, TOKENS, generator=generator)
+    features = torch.randn(IMAGES, 12, TOKENS, generator=generator) + 1
+    features[:, :, 2] -= 2  # one token is far from all, and no pair of tokens are each other's farthest nearest
     group = torch.randint(0, 5, (IMAGES, 1, TOKENS), generator=generator).float()
     valid = torch.ones(IMAGES, TOKENS, dtype=torch.bool)
     if ragged:
         valid[0, -6:], valid[1] = False, torch.rand(TOKENS, generator=generator) > 0.3
+        valid[1, 2] = True
     parts = [[(4, 6)], [(5, 6)], [(3, 6), (2, 6)]] if ragged else [[(5, 6)]] * IMAGES
     index = torch.arange(TOKENS).expand(IMAGES, -1)
     scores = torch.rand(IMAGES, TOKENS, generator=generator)
@@ -72,6 +74,13 @@ def test_exactly_so_many_that_can_be_seen(name, seed):
 def test_all_of_them_are_all_of_them(name, seed):
     scores, seen, _ = drawn(seed)
     assert torch.equal(ALL[name](scores, seen, seen.valid.sum(1)).keep, seen.valid)
+
+
+@every
+def test_so_many_also_of_what_is_no_number(name):
+    scores, seen, keep = drawn(0)
+    rows = {FEATURES: torch.full_like(seen[FEATURES], torch.nan)}
+    assert ALL[name](scores * torch.nan, changed(seen, rows=rows), keep).keep.sum(1).tolist() == keep.tolist()
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -127,3 +136,53 @@ def test_the_earlier_of_equals_wins(name):
     first, second = GREEDY[name](scores.repeat(1, 2), twice, torch.full((IMAGES,), 9)).keep.chunk(2, dim=1)
     assert not (second & ~first).any()
     assert first.any()
+
+
+@seeds
+def test_groups_do_not_depend_on_the_batch_nor_on_what_is_hidden(seed):
+    _, seen, _ = drawn(seed)
+    hidden = seen[FEATURES].masked_fill(~seen.valid[:, None], torch.nan)
+    group = groups.k_means(hidden, seen.valid, 5)
+    loading = groups.components(hidden, seen.valid, 8).abs()
+    for image in range(IMAGES):
+        shown = seen.valid[image]
+        alone, everyone = seen[FEATURES][image : image + 1, :, shown], torch.ones(1, int(shown.sum()), dtype=torch.bool)
+        assert torch.equal(groups.k_means(alone, everyone, 5)[0], group[image, shown])
+        torch.testing.assert_close(groups.components(alone, everyone, 8).abs()[0], loading[image, shown])
+        assert not loading[image, ~shown].any()
+
+
+@seeds
+def test_components_are_those_of_a_full_decomposition(seed):
+    """Of an image that is larger than the space that is searched, with a spectrum as images have it."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, 201) ** -0.7
+    features = torch.randn(1, 300, 200, generator=generator) * scale @ torch.randn(200, 200, generator=generator)
+    found = groups.components(features, torch.ones(1, 200, dtype=torch.bool), 6)[0]
+    exact = torch.linalg.svd(features[0] - features[0].mean(0), full_matrices=False).Vh[:6].T
+    torch.testing.assert_close(found.abs(), exact.abs(), atol=1e-3, rtol=0)
+
+
+def test_fewer_tokens_than_groups():
+    features, valid = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4).bool()
+    valid[1, 1:] = False
+    assert groups.k_means(features, valid, 9).max() < 4
+    loading = groups.components(features, valid, 9)
+    assert loading.shape == (2, 4, 9)
+    assert not loading[..., 4:].any()
+    assert loading.isfinite().all()
+
+
+@seeds
+def test_suppression_is_that_of_a_loop(seed):
+    scores, seen, _ = drawn(seed)
+    scores[:, ::3] = scores[:, :1]  # ties
+    near = torch.rand(IMAGES, TOKENS, TOKENS, generator=torch.Generator().manual_seed(seed)) > 0.8
+    rivals = near | near.transpose(1, 2)
+    stands = groups.unsuppressed(scores, seen.valid, rivals)
+    for image in range(IMAGES):
+        expected = []
+        for token in sorted(seen.valid[image].nonzero()[:, 0].tolist(), key=lambda j: (-scores[image, j], j)):
+            if not any(rivals[image, token, other] for other in expected):
+                expected.append(token)
+        assert stands[image].nonzero()[:, 0].tolist() == sorted(expected)

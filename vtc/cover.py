@@ -40,7 +40,9 @@ def greedy(gain: Tensor, valid: Tensor, count: int, taken: Callable[[Tensor], Te
     """
     left, picks = valid, []
     for _ in range(count):
-        picks.append(gain.masked_fill(~left, -math.inf).argmax(1, keepdim=True))
+        gain = gain.nan_to_num(-1e30, neginf=-1e30).masked_fill(~left, -math.inf)
+        most = gain.amax(1, keepdim=True)
+        picks.append((gain >= most - 1e-6 * most.abs()).int().argmax(1, keepdim=True))  # the first, but for rounding
         left = left.scatter(1, picks[-1], False)
         gain = taken(picks[-1])
     return torch.cat(picks, dim=1) if picks else valid.new_zeros(len(valid), 0, dtype=torch.long)
@@ -59,20 +61,23 @@ def row(matrix: Tensor, pick: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def farthest(scores: Tensor, seen: Seen, keep: Tensor, of: Need, power: float = 1.0) -> Choice:
+def farthest(scores: Tensor, seen: Seen, keep: Tensor, of: Need, power: float = 1.0, alone: bool = False) -> Choice:
     """Weighted farthest points: the highest score, then always the most of score^power times the distance.
 
     The distance is 1 - cosine to the nearest token that is picked (Gonzalez, "Clustering to minimize the maximum
-    intercluster distance", 1985, weighted). At power 0 scores decide about the first one only.
+    intercluster distance", 1985, weighted). `alone`: the first pick is the token whose nearest other one is farthest.
     """
     apart, weight = (1 - cosines(seen[of])).clamp(min=0), scores.clamp(min=0) ** power
-    nearest = torch.full_like(scores, 2.0)
+    nearest, first = torch.full_like(scores, 2.0), scores
+    if alone:
+        none = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device) | ~seen.valid[:, None]
+        first = apart.masked_fill(none, 2.0).amin(2)
 
     def taken(pick: Tensor) -> Tensor:
         torch.minimum(nearest, row(apart, pick), out=nearest)
         return nearest * weight
 
-    return _choice(scores, seen, keep, taken)
+    return _choice(first, seen, keep, taken)
 
 
 @torch.no_grad()

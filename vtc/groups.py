@@ -85,11 +85,12 @@ def k_means(features: Tensor, valid: Tensor, count: int, spherical: bool = False
     """
     x = features.float().nan_to_num(0, 0, 0).transpose(1, 2)
     x = normalize(x, dim=2) if spherical else x
-    nearest = torch.full(valid.shape, torch.inf, device=x.device)
+    square, nearest = x.square().sum(2), torch.full(valid.shape, torch.inf, device=x.device)
 
     def taken(pick: Tensor) -> Tensor:
         nonlocal nearest
-        nearest = torch.minimum(nearest, (x - _of(x, pick)).square().sum(2))
+        apart = square + square.gather(1, pick) - 2 * (x @ _of(x, pick).transpose(1, 2))[..., 0]
+        nearest = torch.minimum(nearest, apart)
         return nearest
 
     start = torch.zeros(valid.shape, device=x.device)
