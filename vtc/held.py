@@ -139,6 +139,16 @@ def keys(cache: Any, layer: int, count: int) -> Tensor:
     return held.keys[:, :, :count]
 
 
+def evictable(cache: Any, layer: int) -> DynamicLayer:
+    """A layer of a cache, which can give back what it has taken in: `keys` and `values`, (batch, key_heads, length,
+    head_dim). Raises ValueError for those that cannot: none, or one of a fixed size, quantised, or with windows."""
+    if cache is None:
+        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
+    if (kind := type(cache.layers[layer])) is not DynamicLayer:
+        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
+    return cache.layers[layer]
+
+
 def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, lengths: list[int]) -> Columns:
     """Take keys and values out of a layer of a cache that has just taken in a stream; what it holds after that.
 
@@ -147,14 +157,8 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         now: that, and the stream's.
         stays: (batch, [key_heads,] length) bool: what stays of the stream.
         lengths: how many that are in each row.
-
-    Raises ValueError for caches that cannot give back: none, or one of a fixed size, quantised, or with windows.
     """
-    if cache is None:
-        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
-    if (kind := type(cache.layers[layer])) is not DynamicLayer:
-        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
-    held = cache.layers[layer]
+    held = evictable(cache, layer)
     if stays.ndim > now.place.ndim:
         now = now.by_head(stays.shape[1])
     heads = now.place[0].numel() // now.length
