@@ -135,7 +135,7 @@ class Forward:
 
     def _stages(self, site: Site) -> list[tuple[int, Stage]]:
         stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
-        return [(number, stage) for number, stage in enumerate(stages) if stage.site == site]
+        return [(number, stage) for number, stage in enumerate(stages) if stage.due == site]
 
     def _counts(self, number: int) -> list[int]:
         """How many tokens of each image a stage leaves, of those that came in."""
@@ -200,14 +200,15 @@ class Forward:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
-        """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
+        """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                (columns, source), stays = self.layers[layer], self.stream.stays(chosen[0].keep)
+                of = stage.site.layer if isinstance(stage.site, Cache) else layer
+                (columns, source), stays = self.layers[of], self.stream.stays(chosen[0].keep)
                 lengths = self.stream.lengths_after(self._counts(number))
-                columns = held.evict(self.cache, layer, self.past.layers[layer], columns, stays, lengths)
-                self.layers[layer] = columns, source
+                columns = held.evict(self.cache, of, self.past.layers[of], columns, stays, lengths)
+                self.layers[of] = columns, source
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""

@@ -159,6 +159,17 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         lengths: how many that are in each row.
     """
     held = evictable(cache, layer)
+    kept, pairs = narrowed(held, before, now, stays, lengths)
+    held.keys, held.values = pairs
+    return kept
+
+
+def narrowed(
+    held: DynamicLayer, before: Columns, now: Columns, stays: Tensor, lengths: list[int]
+) -> tuple[Columns, tuple[Tensor, Tensor]]:
+    """What `evict` leaves of a layer, which stays as it is: columns; keys and values."""
+    if before.length + stays.shape[-1] != now.length:
+        raise ValueError("tokens have left between a layer and the look at its cache: take another method behind them")
     if stays.ndim > now.place.ndim:
         now = now.by_head(stays.shape[1])
     heads = now.place[0].numel() // now.length
@@ -171,7 +182,7 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
     plan = compact.plan(everything.flatten(0, -2), counts.flatten().tolist())
     batch, every = now.place.shape[0], held.keys.shape[1]
     index = plan.index.view(batch, heads, -1).expand(-1, every, -1).flatten(0, 1)
-    held.keys, held.values = (
+    keys, values = (
         compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)
     )
-    return now.kept(plan)
+    return now.kept(plan), (keys, values)

@@ -72,6 +72,8 @@ class Cache:
     """
 
     layer: int
+    after: int | None = field(default=None, compare=False)
+    """The later decoder layer that has to have run, too, before this one's cache is looked at."""
 
 
 Site = int | Cache
@@ -97,6 +99,12 @@ class Stage:
     select: Select = field(default=select.top_k)
     contiguous: bool = False
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
+
+    @property
+    def due(self) -> Site:
+        """Where it is run: at its site, or behind a later decoder layer."""
+        late = isinstance(self.site, Cache) and self.site.after is not None
+        return Cache(self.site.after) if late else self.site
 
 
 @dataclass(frozen=True)
