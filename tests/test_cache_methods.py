@@ -1,4 +1,4 @@
-"""The methods of the cache site: each score against loops over whole attention matrices, and what is held is what counts."""
+"""The methods of the cache site: scores against loops over whole attention matrices; what is held is what counts."""
 
 import math
 from contextlib import contextmanager
@@ -207,7 +207,10 @@ def projected(model, layer):
         cos, sin = kwargs["position_embeddings"]
         found["query"], found["key"] = apply_rotary_pos_emb(found["query"], found["key"], cos, sin)
 
-    handles = [attention.q_proj.register_forward_hook(keep("query")), attention.k_proj.register_forward_hook(keep("key"))]
+    handles = [
+        attention.q_proj.register_forward_hook(keep("query")),
+        attention.k_proj.register_forward_hook(keep("key")),
+    ]
     handles.append(attention.register_forward_hook(rotate, with_kwargs=True))
     yield found
     for handle in handles:
@@ -230,14 +233,18 @@ def test_what_is_said_ahead_is_said_on_the_smaller_cache_and_scores_the_whole_on
             expected = [[0.0] * 36, [0.0] * 36]
             for head in range(4):
                 for step in range(start, start + 3):
-                    logits = [found["query"][row, head, step] @ found["key"][row, head // 2, key] / 8**0.5 for key in real]
+                    logits = [
+                        found["query"][row, head, step] @ found["key"][row, head // 2, key] / 8**0.5 for key in real
+                    ]
                     paid = dict(zip(real.tolist(), torch.stack(logits).softmax(0).tolist(), strict=True))
                     for token, place in enumerate(places[36 * image :][:36].tolist()):
                         expected[head // 2][token] += paid[place] / 3
             expected = torch.tensor([blurred(smaller, scores) for scores in expected])
             ours = trace.scores(4)[row][:, 36 * image :][:, :36]
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
-            held = [[index - 36 * image for index in head if index // 36 == image] for head in trace.held(4)[row].tolist()]
+            held = [
+                [index - 36 * image for index in head if index // 36 == image] for head in trace.held(4)[row].tolist()
+            ]
             assert held == [oracle.top(scores, 12) for scores in expected.tolist()]
 
 

@@ -139,7 +139,7 @@ def keys(cache: Any, layer: int, count: int) -> Tensor:
     return held.keys[:, :, :count]
 
 
-def evictable(cache: Any, layer: int) -> DynamicLayer:
+def evictable(cache: Any, layer: int) -> Any:
     """A layer of a cache, which can give back what it has taken in: `keys` and `values`, (batch, key_heads, length,
     head_dim). Raises ValueError for those that cannot: none, or one of a fixed size, quantised, or with windows."""
     if cache is None:
@@ -165,7 +165,7 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
 
 
 def narrowed(
-    held: DynamicLayer, before: Columns, now: Columns, stays: Tensor, lengths: list[int]
+    held: Any, before: Columns, now: Columns, stays: Tensor, lengths: list[int]
 ) -> tuple[Columns, tuple[Tensor, Tensor]]:
     """What `evict` leaves of a layer, which stays as it is: columns; keys and values."""
     if before.length + stays.shape[-1] != now.length:

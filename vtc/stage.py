@@ -103,8 +103,9 @@ class Stage:
     @property
     def due(self) -> Site:
         """Where it is run: at its site, or behind a later decoder layer."""
-        late = isinstance(self.site, Cache) and self.site.after is not None
-        return Cache(self.site.after) if late else self.site
+        if isinstance(self.site, Cache) and self.site.after is not None:
+            return Cache(self.site.after)
+        return self.site
 
 
 @dataclass(frozen=True)

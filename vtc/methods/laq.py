@@ -58,11 +58,13 @@ class LAQ(Method):
         layer, last = window.layer, ahead.layer
         own = slice(heads * layer, heads * (layer + 1))
         needs = (ahead,) if layer == last else (window, ahead)
-        return Stage(Cache(layer, after=last), lambda seen: pooled(seen[ahead][:, own], seen, self.kernel, "max"), needs)
+        return Stage(
+            Cache(layer, after=last), lambda seen: pooled(seen[ahead][:, own], seen, self.kernel, "max"), needs
+        )
 
 
 saying: ContextVar[dict[int, list[Any]] | None] = ContextVar("vtc_saying_ahead", default=None)
-"""By decoder layer what is seen while tokens are said ahead: rotary tables, queries, and so on in turn."""
+"""By decoder layer what is seen while tokens are said ahead: rotary tables and queries, in turn."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class LookAhead(Need):
         return torch.cat([self._paid(view, layer, said[layer], counts) for layer in range(len(said))], dim=1)
 
     def _smaller(self, record: dict[str, Tensor], view: View) -> tuple[DynamicCache, Tensor]:
-        """SnapKV's copy of the cache, and which of its keys may be seen: (batch, length) bool, the same in all layers."""
+        """SnapKV's copy of the cache, and which of its keys may be seen: (batch, length) bool, alike in all layers."""
         seen, cache = view.stream.seen(()), DynamicCache()
         counts = [max(1, round(self.share * count)) if count else 0 for count in view.stream.counts]
         number = torch.tensor(counts).to(seen.valid.device, non_blocking=True)
@@ -137,24 +139,32 @@ class LookAhead(Need):
         said: dict[int, list[Any]] = {}
         saying.set(said)
         ends = torch.tensor(_ends(model), device=last.device)
-        states, goes_on, counts = decoder.norm(gather(view.hidden, last)), torch.ones_like(last, dtype=torch.bool), []
+        states, goes_on = decoder.norm(gather(view.hidden, last)), torch.ones_like(last, dtype=torch.bool)
+        counts: list[Tensor] = []
         for _ in range(self.steps):
             token = model.get_output_embeddings()(states).argmax(-1)
             goes_on = goes_on & ~torch.isin(token, ends) if counts else goes_on
             counts.append(goes_on)
             real, positions = torch.cat((real, torch.ones_like(goes_on)), dim=1), positions + 1
             states = decoder(
-                input_ids=token, attention_mask=real.long(), position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=token,
+                attention_mask=real.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             ).last_hidden_state
         return said, torch.cat(counts, dim=1).float()
 
     def _paid(self, view: View, layer: int, said: list[Any], counts: Tensor) -> Tensor:
         """The mean of a layer's pseudo queries over its whole cache: (images, key_heads, tokens)."""
         attention, past = view.adapter.decoder_attention(view.adapter.layers[layer]), view.past[layer]
-        queries = [view.adapter.rotate(attention.queries(x), *tables) for tables, x in zip(said[::2], said[1::2])]
+        seen = zip(said[::2], said[1::2], strict=True)
+        queries = [view.adapter.rotate(attention.queries(x), *tables) for tables, x in seen]
         columns, (keys, _) = past.then(view.stream.columns), view.cached(layer)
         visible = self._prompt(view, columns.place)[..., None, :]
-        rows = attention_rows(torch.cat(queries, dim=2), keys, attention.scale, visible, columns.weight, attention.softcap)
+        rows = attention_rows(
+            torch.cat(queries, dim=2), keys, attention.scale, visible, columns.weight, attention.softcap
+        )
         mean = torch.einsum("bhqn,bq->bhn", rows, counts / counts.sum(1, keepdim=True))[..., past.length :]
         return view.of_tokens(reduce(mean, "b (g r) n -> b g n", "sum", g=attention.key_heads))
 

@@ -34,7 +34,8 @@ Kernel = Literal[1, 3, 5, 7]
 """Cells on the side of the square that scores are pooled over."""
 Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What queries make of keys, (batch, key_heads, heads of each, queries, keys) float32: from their attention, of this
-shape; the values, (batch, key_heads, keys, head_dim) float32; and what they see, (batch, key_heads, 1, queries, keys)."""
+shape; from the values, (batch, key_heads, keys, head_dim) float32; and from what they see, (batch, key_heads, 1,
+queries, keys) bool."""
 
 
 def attention(rows: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class WindowRow(Need):
 
 
 def pooled(scores: Tensor, seen: Seen, kernel: Kernel, how: Literal["mean", "max"] = "mean") -> Tensor:
-    """Scores (images, key_heads, tokens), each the mean or maximum over the tokens in a square of its grid around it."""
+    """Scores (images, heads, tokens), each the mean or maximum over the tokens in a square of its grid around it."""
     if kernel == 1:
         return scores
     table, high, wide = _canvas(tuple(map(tuple, seen.parts)), kernel // 2, scores.device)
