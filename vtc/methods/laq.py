@@ -71,6 +71,8 @@ saying: ContextVar[dict[int, list[Any]] | None] = ContextVar("vtc_saying_ahead",
 class LookAhead(Need):
     """Mean attention that tokens said ahead pay the visual tokens, all layers' (images, layers * key_heads, tokens)."""
 
+    reads_text: ClassVar[bool] = True
+
     steps: int
     share: float
     kernel: Kernel

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class WindowRow(Need):
 
     The entries are summed over the heads that share a key, and over the queries.
     """
+
+    reads_text: ClassVar[bool] = True
 
     window: Window = "question"
     entry: Entry = attention
