@@ -17,7 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import vtc.compact as compact
+from vtc.choice import Choice
 from vtc.columns import Columns
+from vtc.packed_layer import PackedLayer
+from vtc.precision import Precision
+from vtc.stream import Stream
 from vtc.trace import Trace
 
 
@@ -131,12 +135,24 @@ def sizes(cache: Any, layer: int, new: int) -> tuple[int, int]:
 def keys(cache: Any, layer: int, count: int) -> Tensor:
     """The first `count` keys of a layer: (batch, key_heads, count, head_dim). Raises ValueError where it has not."""
     held = cache.layers[layer]
+    if isinstance(held, PackedLayer):
+        return held.read()[0][:, :, :count]
     if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
         raise ValueError(
             f"{type(held).__name__} does not hold all past keys as they were, and this method looks at them: "
             "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
         )
     return held.keys[:, :, :count]
+
+
+def evictable(cache: Any, layer: int) -> Any:
+    """A layer of a cache, which can give back what it has taken in: `keys` and `values`, (batch, key_heads, length,
+    head_dim). Raises ValueError for those that cannot: none, or one of a fixed size, quantised, or with windows."""
+    if cache is None:
+        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
+    if (kind := type(cache.layers[layer])) is not DynamicLayer:
+        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
+    return cache.layers[layer]
 
 
 def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, lengths: list[int]) -> Columns:
@@ -147,14 +163,8 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         now: that, and the stream's.
         stays: (batch, [key_heads,] length) bool: what stays of the stream.
         lengths: how many that are in each row.
-
-    Raises ValueError for caches that cannot give back: none, or one of a fixed size, quantised, or with windows.
     """
-    if cache is None:
-        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
-    if (kind := type(cache.layers[layer])) is not DynamicLayer:
-        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
-    held = cache.layers[layer]
+    held = evictable(cache, layer)
     if stays.ndim > now.place.ndim:
         now = now.by_head(stays.shape[1])
     heads = now.place[0].numel() // now.length
@@ -171,3 +181,39 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)
     )
     return now.kept(plan)
+
+
+def keep(
+    cache: Any,
+    layer: int,
+    before: Columns,
+    now: Columns,
+    stream: Stream,
+    choice: Choice,
+    counts: list[Any],
+    precision: Precision | None,
+) -> Columns:
+    """Leave of a `stream`, which a layer of a cache has just taken in, what was chosen; what it holds after that.
+
+    `counts` visual tokens of each image are left, or all of them at fewer bits. The rest as in `evict`.
+    """
+    if choice.bits is None:
+        return evict(cache, layer, before, now, stream.stays(choice.keep), stream.lengths_after(counts))
+    if precision is None:
+        raise ValueError("a choice of bits needs a stage that says how they are packed: Stage(..., precision=...)")
+    held = cache.layers[layer] if cache and isinstance(cache.layers[layer], PackedLayer) else evictable(cache, layer)
+    if cache.offloading:
+        raise ValueError("a cache that is offloaded cannot be packed: keep it on the model's device")
+    if held.dtype.itemsize * 8 != precision.native:
+        raise ValueError(
+            f"the cache is {held.dtype}, and the model had {precision.native} bits a number: wrap it again"
+        )
+    heads, reach = held.keys.shape[1], None
+    place = now.by_head(heads).place - stream.start
+    bits = stream.graded(choice.bits).expand(-1, heads, -1).gather(2, place.clamp(min=0)).masked_fill(place < 0, 0)
+    if precision.reach is not None:
+        reach = torch.ones(len(bits), heads * precision.head_dim, device=bits.device)
+        reach[stream.row] = stream.rows[precision.reach][..., 0]
+        reach = reach.view(len(bits), heads, -1)
+    PackedLayer.made_of(held).pack(bits, precision, reach)
+    return now

@@ -31,6 +31,10 @@ class StageTrace:
     """(images, tokens): the entry that took each one in, -1 where it was dropped; None where nothing was merged."""
     gate: Tensor | None = None
     """(images, tokens): in training the soft gate of each token, with its gradient."""
+    bits: Tensor | None = None
+    """(images, tokens), or (images, key_heads, tokens): the bits a number that tokens are kept at."""
+    size: Tensor | None = None
+    """(images,) float32: of how many tokens that are kept as they are these have the size."""
 
 
 @dataclass(repr=False)
@@ -123,8 +127,17 @@ class Trace:
 
     @property
     def average_tokens(self) -> Tensor:
-        """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together."""
-        return self.held_per_layer.float().mean(1)
+        """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together.
+
+        Those at fewer bits count by their size.
+        """
+        held = self.held_per_layer.float()
+        for stage in self.stages:
+            if stage.size is not None and isinstance(stage.site, Cache):
+                held[:, stage.site.layer] = torch.zeros(self.batch).index_add(
+                    0, torch.tensor(self.rows), stage.size.cpu()
+                )
+        return held.mean(1)
 
     def _counts(self, of: Callable[[int], list[Tensor]]) -> Tensor:
         counts = [[index.shape[-1] for index in of(layer)] for layer in range(self.depth)]
