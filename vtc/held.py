@@ -155,6 +155,17 @@ def evictable(cache: Any, layer: int) -> Any:
     return cache.layers[layer]
 
 
+def packable(cache: Any, layer: int) -> Any:
+    """The same, or one that holds packed tokens already."""
+    return cache.layers[layer] if cache and isinstance(cache.layers[layer], PackedLayer) else evictable(cache, layer)
+
+
+def pair(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of a layer: (batch, key_heads, length, head_dim). Raises ValueError as `evictable`."""
+    held = packable(cache, layer)
+    return held.read() if isinstance(held, PackedLayer) else (held.keys, held.values)
+
+
 def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, lengths: list[int]) -> Columns:
     """Take keys and values out of a layer of a cache that has just taken in a stream; what it holds after that.
 
@@ -201,7 +212,7 @@ def keep(
         return evict(cache, layer, before, now, stream.stays(choice.keep), stream.lengths_after(counts))
     if precision is None:
         raise ValueError("a choice of bits needs a stage that says how they are packed: Stage(..., precision=...)")
-    held = cache.layers[layer] if cache and isinstance(cache.layers[layer], PackedLayer) else evictable(cache, layer)
+    held = packable(cache, layer)
     if cache.offloading:
         raise ValueError("a cache that is offloaded cannot be packed: keep it on the model's device")
     if held.dtype.itemsize * 8 != precision.native:

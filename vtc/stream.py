@@ -100,6 +100,19 @@ class Stream:
         return [image.first // self.source.shape[1] for image in self.images]
 
     @property
+    def text_after_images(self) -> int:
+        """Tokens that follow a row's first image and are no image's, in the row that has most; padding is counted."""
+        first: dict[int, int] = {}
+        after: dict[int, int] = {}
+        length = self.source.shape[1]
+        for row, image in zip(self.batch_rows, self.images, strict=True):
+            if row not in first:
+                first[row], after[row] = image.last, length - 1 - image.last % length
+            elif image.first > first[row]:
+                after[row] -= len(image.places)
+        return max(after.values(), default=0)
+
+    @property
     def grids(self) -> list[list[Grid]]:
         return [image.image.grids for image in self.images]
 
@@ -108,8 +121,7 @@ class Stream:
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, left)."""
-        x = x[self.row]
-        return x.gather(2, self.position[:, None].expand(-1, x.shape[1], -1))
+        return x[self.row[:, None], :, self.position].transpose(1, 2)
 
     @property
     def entered(self) -> Tensor:
