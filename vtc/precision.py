@@ -84,7 +84,8 @@ class Precision:
         return counts.float() @ each + torch.tensor([self._besides(n) for n in range(len(BITS) + 1)])[packed]
 
     def select(self, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-        """A `Select`: the bits of each token, so that the size of each image is nearest to `keep`.
+        """A `Select`: the bits of each token, so that the size of each image is nearest to `keep`, give or take half a
+        token and what a level shares that no token is at.
 
         More important tokens get no fewer bits; among equals the earlier ones are more important.
         """
