@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +101,7 @@ def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.B
     """
     adapter = find(model)
     digest, tokens = hashlib.sha256(), adapter.tokens_per_image()
-    for kind in (type(method), type(adapter)):  # they may live in other packages
+    for kind in (*map(type, _with_parts(method)), type(adapter)):  # they may live in other packages
         if file := getattr(sys.modules[kind.__module__], "__file__", None):
             digest.update(Path(file).read_bytes())
     for budget in budgets:
@@ -110,11 +110,22 @@ def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.B
         except vtc.BudgetError as error:
             bound = method.bind(model, error.floor, tokens)
         digest.update(repr(bound).encode())  # without the modules
-        for field in fields(bound):
-            if isinstance(trained := getattr(bound, field.name), nn.Module):
-                for name, weight in trained.state_dict().items():
-                    digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+        for part in _with_parts(bound):
+            for field in fields(part):
+                if isinstance(trained := getattr(part, field.name), nn.Module):
+                    for name, weight in trained.state_dict().items():
+                        digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _with_parts(method: vtc.Method) -> Iterator[vtc.Method]:
+    """A method, and those that it is made of: of a chain, under a modifier."""
+    yield method
+    for field in fields(method):
+        value = getattr(method, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, vtc.Method):
+                yield from _with_parts(part)
 
 
 def _model_digest(path: str) -> str | None:

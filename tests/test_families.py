@@ -25,12 +25,6 @@ from vtc.stage import Method, Stage
 VIDEOS = [name for name, family in FAMILIES.items() if family.video]
 
 
-@pytest.fixture
-def model(request):
-    yield FAMILIES[request.param].model
-    vtc.unwrap(FAMILIES[request.param].model)
-
-
 @contextmanager
 def matrices(config):
     """All attention matrices of the part of a model that has this config: lists of (batch, heads, q, k) by module."""
@@ -207,21 +201,6 @@ def test_the_trace_tells_tiles_and_frames(model, method, inputs):
     left = [sum(int(part.sum()) for part in parts) for parts in trace.maps()]
     for row, kept in enumerate(trace.kept()):
         assert sum(count for count, image in zip(left, trace.rows, strict=True) if image == row) == len(kept)
-
-
-@pytest.fixture
-def method(request):
-    from table import METHODS
-
-    return METHODS[request.param]
-
-
-@pytest.fixture
-def inputs(request, model):
-    from table import BATCHES
-
-    images, pad = BATCHES[request.param]
-    return prompt(model, images, pad=pad)
 
 
 def test_grids_of_each_family():

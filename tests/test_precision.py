@@ -310,8 +310,8 @@ def test_after_an_eviction_what_is_left_is_packed(model):
             drop, grade = (kind.stages(shape) for kind in (vtc.RandomKv(), Bits()))
             return tuple(stage for pair in zip(drop, grade, strict=True) for stage in pair)
 
-        def schedule(self, strength, stages):
-            return (0.5, 0.3) * (stages // 2)
+        def schedule(self, strength, shape):
+            return (0.5, 0.3) * shape.decoder_layers
 
     inputs = prompt(model)
     with torch.no_grad():

@@ -74,14 +74,15 @@ def counts(method: Method, tokens: int, budget: Budget | None, shape: Shape) -> 
     drops = [not stage.precision and (isinstance(stage.site, Cache) or stage.site == 0) for stage in stages]
     if target == 0 and all(drops):
         return (0,) * len(stages)
-    return _rounded(_solved(method, tokens, target, stages, shape.decoder_layers), stages)
+    return _rounded(_solved(method, tokens, target, stages, shape), stages)
 
 
-def _solved(method: Method, tokens: int, target: float, stages: tuple[Stage, ...], depth: int) -> tuple[float, ...]:
+def _solved(method: Method, tokens: int, target: float, stages: tuple[Stage, ...], shape: Shape) -> tuple[float, ...]:
     """The method's schedule at the strength that meets the target."""
+    depth = shape.decoder_layers
 
     def kept(strength: float) -> tuple[float, ...]:
-        return _clamped(tokens, method.schedule(strength, len(stages)), stages)
+        return _clamped(tokens, method.schedule(strength, shape), stages)
 
     sites, least = tuple(stage.site for stage in stages), kept(math.inf)
     floor = average_tokens(tokens, least, sites, depth)

@@ -62,14 +62,15 @@ class Forward:
 
     @classmethod
     def of(cls, call: Call, kwargs: dict[str, Any]) -> Forward:
-        """The forward of a call whose text model is about to run with `kwargs`: where its images are, what the cache
-        holds, whether anything leaves."""
+        """The forward of a call whose text model is about to run with `kwargs`."""
         embeds, cache, compression = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.compression
         (batch, length), device, adapter = embeds.shape[:2], embeds.device, compression.adapter
         call.started, mask, before, real = Clock.now(device), call.mask(kwargs, cache), None, None
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
+        if before is not None and not (call.generates and length == 1):  # generate() makes the masks of its steps
+            past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
         visibility, ahead = Visibility(adapter, past.seen, past.seen + length), call.ahead(past.seen + length)
@@ -82,7 +83,7 @@ class Forward:
         compression, stream = self.compression, self.stream
         kept = [compression.keep(count) for count in stream.counts]
         drops = any(counts and min(counts) < count for counts, count in zip(kept, stream.counts, strict=True))
-        self.busy = drops or not all(columns.whole for columns in self.past.layers)
+        self.busy = drops or self.past.pruned
         if stream.images or self.past.trace.depth == 0:
             sizes = [image.image.tokens for image in stream.images]
             trace = Trace(compression.shape.decoder_layers, batch, stream.batch_rows, sizes, stream.grids)

@@ -50,6 +50,19 @@ class Held:
         seen = 0 if cache is None else int(cache.get_seq_length())
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
+    def check(self, shown: Tensor) -> None:
+        """Raise ValueError where a mask `shown` (batch, seen) bool hides tokens that a pruned cache holds, and that were
+        not hidden when they went in. That waits for the device."""
+        if not self.pruned or shown.shape[1] != self.seen:
+            return
+        for columns in {id(columns): columns for columns in self.layers}.values():
+            place = columns.place.flatten(1)
+            if bool((~shown.gather(1, place.clamp(min=0).to(shown.device)) & (place >= 0).to(shown.device)).any()):
+                raise ValueError(
+                    "the attention mask hides tokens that it showed when they went into this pruned cache: start again "
+                    "from the prompt"
+                )
+
     def _as_cropped(self, held: int) -> Held:
         count = self.layers[0].length - held
         if not 0 <= count <= self.tail:
@@ -60,6 +73,11 @@ class Held:
         return replace(
             self, seen=self.seen - count, layers=self._each(lambda x: x.cropped(count)), tail=self.tail - count
         )
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any token has left any layer."""
+        return not all(columns.whole for columns in self.layers)
 
     def _each(self, change: Callable[[Columns], Columns]) -> tuple[Columns, ...]:
         changed = {id(columns): change(columns) for columns in self.layers}

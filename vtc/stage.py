@@ -10,7 +10,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -122,6 +122,8 @@ class Method:
     paper: ClassVar[str]
     adaptive: ClassVar[bool] = False
     """Whether the method decides by itself how many tokens stay."""
+    merges: ClassVar[bool] = False
+    """Whether tokens that leave are taken in by others, rather than dropped."""
     space: ClassVar[dict[str, tuple[float, float]]] = {}
     """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
 
@@ -134,21 +136,25 @@ class Method:
                 place = ".".join(map(str, (name, *first["loc"])))
                 raise ValueError(f"{self.name}: {place}: {first['msg']}, not {reprlib.repr(first['input'])}") from None
 
-    @classmethod
-    def tuned(cls, values: dict[str, float]) -> Self:
-        """The method with values for names of `space`, the defaults for all else."""
-        method = cls()
+    def tuned(self, values: dict[str, Any]) -> Self:
+        """The method with other values for names of `space`, or for whole fields."""
+        method = self
         for name, value in values.items():
             field_name, _, index = name.partition(".")
-            entries = list(getattr(method, field_name)) if index else []
             if index:
+                entries = list(getattr(method, field_name))
                 entries[int(index)] = value
-            method = replace(method, **{field_name: tuple(entries) if index else value})
+                value = tuple(entries)
+            method = replace(method, **{field_name: value})
         return method
 
+    def settings(self) -> dict[str, Any]:
+        """Name and hyper-parameters, as a JSON file has them."""
+        return {"method": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
     def to_json(self, path: str | Path) -> None:
-        """Write name and hyper-parameters to a JSON file, which stands for the method wherever one is named."""
-        Path(path).write_text(json.dumps({"method": self.name, **asdict(self)}, indent=2) + "\n")
+        """Write `settings` to a JSON file, which stands for the method wherever one is named."""
+        Path(path).write_text(json.dumps(self.settings(), indent=2) + "\n")
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:
@@ -173,14 +179,14 @@ class Method:
         """The paper's native knobs: the share of the image's tokens kept after each stage. None: a budget is needed."""
         return None
 
-    def schedule(self, strength: float, stages: int) -> tuple[float, ...]:
+    def schedule(self, strength: float, shape: Shape) -> tuple[float, ...]:
         """The share of the image's tokens kept after each stage: `ratios` to the power of `strength` >= 0.
 
         0 keeps all, 1 is the paper's own schedule, infinity the method's floor. Without knobs all stages keep the same.
         """
         ratios = self.ratios()
         if ratios is None or not 0 < min(ratios) < 1:
-            ratios = (1 / math.e,) * stages
+            ratios = (1 / math.e,) * len(self.stages(shape))
         return tuple(accumulate((ratio**strength for ratio in ratios), min))  # what has left does not come back
 
 
@@ -189,7 +195,8 @@ def _kinds(method: Any) -> dict[str, TypeAdapter]:
     """What each hyper-parameter of a method may be, by its annotation: nothing is converted, and NaN is no number."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     hints = get_type_hints(method, include_extras=True)
-    return {field.name: TypeAdapter(hints[field.name], config=strict) for field in fields(method)}
+    names = [field.name for field in fields(method) if not is_dataclass(hints[field.name])]  # those check themselves
+    return {name: TypeAdapter(hints[name], config=strict) for name in names}
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from vtc.compression import Compression
 from vtc.force import changed
 from vtc.hooks import Hooks
-from vtc.methods import find_method
+from vtc.methods.compose import find_method
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": accuracy.tune,
     "layers": accuracy.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,
