@@ -19,8 +19,13 @@ from torch import nn
 import vtc
 from vtc.adapter import find
 from vtc.eval.rows import Asked
+from vtc.methods.compose import with_budget
 
 Kept = TypeVar("Kept", bound=Asked)
+
+
+class OtherRunError(ValueError):
+    """A folder that holds the results of another run."""
 
 
 class Store(Generic[Kept]):
@@ -89,8 +94,10 @@ def method_digests(
     model: nn.Module, methods: Mapping[str, str | vtc.Method], budgets: Sequence[vtc.Budget]
 ) -> dict[str, str]:
     """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
+    found = {name: with_budget(method) for name, method in methods.items()}
     return {
-        f"method {name}": _method_digest(model, vtc.find_method(method), budgets) for name, method in methods.items()
+        f"method {name}": _method_digest(model, method, budgets if own is None else (own,))
+        for name, (method, own) in found.items()
     }
 
 
@@ -146,7 +153,7 @@ def _source_digest() -> str:
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
     harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "mis")}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -180,7 +187,7 @@ def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str =
 
 
 def check(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> bool:
-    """Whether the run `config` goes on in `out`; nothing is written. Raises ValueError where `out` holds another run.
+    """Whether the run `config` goes on in `out`; nothing is written. Raises OtherRunError where `out` holds another.
 
     `results` is the name, or the pattern of the names, of the files that tell that something was run there.
     """
@@ -189,7 +196,7 @@ def check(out: Path, config: dict[str, Any], restart: bool, results: str = "resu
     settings = out / "config.json"
     differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
     if differing:
-        raise ValueError(
+        raise OtherRunError(
             f"{out} holds another run ({'; '.join(differing)}): "
             "choose another --out to keep it, or start over with --restart"
         )

@@ -8,8 +8,8 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import benchmarks, folder, progress, report
+from vtc.eval import benchmarks, folder, mis, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.methods.compose import with_budget
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vtc.eval.scenes import Example
 
 SMALLER = "smaller-image"
@@ -60,13 +63,28 @@ class Arm:
         return folder.key(self.method, self.budget, question_id)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What runs of one model on one benchmark have in common."""
+
+    reader: Reader
+    examples: Sequence[Example]
+    lines: Mapping[str, Line] = field(default_factory=dict)
+    """By key what one of them was answered that none has to ask again."""
+
+
 def evaluate(
-    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, bar: bool = False
+    settings: Settings,
+    out: Path,
+    restart: bool = False,
+    dry_run: bool = False,
+    bar: bool = False,
+    shared: Shared | None = None,
 ) -> list[Row]:
-    """Run what is missing of `settings` in the folder `out`, write the summary, the configuration and the picture.
+    """Run what is missing of `settings` in the folder `out`, write the summaries, the configuration and the pictures.
 
     With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
-    question. With `bar` stderr shows how far it is.
+    question. With `bar` stderr shows how far it is. `shared` stands for what would be loaded by `settings`.
 
     Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
     folder that holds another run.
@@ -74,7 +92,7 @@ def evaluate(
     _check(settings)
     benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
-    reader = load(path, device, settings.max_new_tokens)
+    reader = shared.reader if shared else load(path, device, settings.max_new_tokens)
     methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
     digests = folder.method_digests(reader.model, methods, settings.budgets)
     config = folder.configuration(settings, path, device, digests)
@@ -84,19 +102,30 @@ def evaluate(
         return []
     folder.open_folder(out, config, restart)
     store: Store[Line] = Store(out / "results.jsonl")
-    examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
+    if shared:
+        store.lines = {**shared.lines, **store.lines}
+        examples = shared.examples
+    else:
+        examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
     arms = plan(reader, settings, examples[0])
+    if others := mis.others(examples, settings.seed):
+        arms.insert(2, Arm(mis.SWAPPED, 1.0, 1.0))
     with progress.bar("questions", len(examples) * len(arms), shown=bar) as tick:
         for batch in _batches(examples, settings.batch_size):
-            _run_batch(reader, arms, batch, store, settings.suffix, tick)
+            _run_batch(reader, arms, batch, others, store, settings.suffix, tick)
     groups: list[Group] = []
     for arm in arms:
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
-    rows = report.summarise(groups, settings.seed)
-    folder.write_json(out / "summary.json", rows)
-    title = f"{settings.model}: accuracy over {len(examples)} questions of {settings.benchmark}"
-    report.picture(rows, out / "curve.png", title)
+    rows = report.summarise([group for group in groups if group[0] != mis.SWAPPED], settings.seed)
+    needing = mis.needing(groups, settings.seed)
+    folder.write_json(out / "needs-image.json", needing)
+    title = f"{settings.model}: accuracy over {{}} questions of {settings.benchmark}"
+    report.picture(rows, out / "curve.png", title.format(len(examples)))
+    if needing["rows"]:
+        few = f"{title} that need the image".format(needing["needing"])
+        report.picture(needing["rows"], out / "needs-image.png", few)
+    folder.write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
 
 
@@ -107,20 +136,35 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
     for method in dict.fromkeys(m for m in settings.methods if m not in report.ALWAYS):
         if method == SMALLER:
             _check_smaller(reader, inputs)
-        for budget in dict.fromkeys(settings.budgets):
+        for budget in budgets_of(method, settings.budgets):
             arms.append(Arm(method, budget, budget))
             list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
 
 
+def budgets_of(method: str | vtc.Method, budgets: Sequence[int | float]) -> list[int | float]:
+    """What a method is run at: the budget that its JSON file names, else all of `budgets`."""
+    own = None if method == SMALLER else with_budget(method)[1]
+    return [own] if own is not None else list(dict.fromkeys(budgets))
+
+
 def _run_batch(
-    reader: Reader, arms: list[Arm], batch: list[Example], store: Store[Line], suffix: str, tick: progress.Tick
+    reader: Reader,
+    arms: list[Arm],
+    batch: list[Example],
+    others: Mapping[str, Image],
+    store: Store[Line],
+    suffix: str,
+    tick: progress.Tick,
 ) -> None:
-    inputs = None
+    inputs: dict[bool, dict[str, Tensor]] = {}
     for arm in arms:
         if any(arm.key(example.question_id) not in store.lines for example in batch):
-            inputs = inputs or _inputs(reader, batch, suffix)
-            answers = _reached(reader, arm, batch, inputs, suffix)
+            swapped = arm.method == mis.SWAPPED
+            shown = [replace(example, image=others[example.question_id]) for example in batch] if swapped else batch
+            if swapped not in inputs:
+                inputs[swapped] = _inputs(reader, shown, suffix)
+            answers = _reached(reader, arm, shown, inputs[swapped], suffix)
             store.add(list(_lines(answers, store)))
         tick(len(batch))
 
@@ -172,7 +216,7 @@ def _answer(
     reader: Reader, arm: Arm, inputs: dict[str, Tensor], max_new_tokens: int | None = None
 ) -> tuple[list[str], list[float]]:
     """Predictions and measured visual tokens (layer average) of a batch of prompts with one image each."""
-    if arm.method == "full":
+    if arm.method in ("full", mis.SWAPPED):
         return reader.answers(inputs, max_new_tokens), reader.visual_tokens(inputs).float().tolist()
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)

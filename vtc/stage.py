@@ -30,6 +30,8 @@ Layer = Annotated[int, Field(ge=1)]
 """The number of a decoder layer that tokens leave before; its score is seen in the one before."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of the whole."""
+EVIDENCE = "evidence"
+"""The entry of a method's JSON file that nobody reads but people."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,14 @@ class Method:
         """Name and hyper-parameters, as a JSON file has them."""
         return {"method": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
 
-    def to_json(self, path: str | Path) -> None:
-        """Write `settings` to a JSON file, which stands for the method wherever one is named."""
-        Path(path).write_text(json.dumps(self.settings(), indent=2) + "\n")
+    def to_json(self, path: str | Path, budget: Budget | None = None, evidence: Any = None) -> None:
+        """Write `settings` to a JSON file, which stands for the method wherever one is named.
+
+        A `budget` that is written, too, holds where no other is given. `evidence` is what speaks for the choice, for
+        people to read.
+        """
+        more = {name: x for name, x in (("budget", budget), (EVIDENCE, evidence)) if x is not None}
+        Path(path).write_text(json.dumps(self.settings() | more, indent=2) + "\n")
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:

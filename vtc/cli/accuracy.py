@@ -1,4 +1,4 @@
-"""`vtc eval`, `faithfulness`, `tune` and `layers`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `faithfulness` and `layers`: what fewer visual tokens cost in accuracy, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
 
 if TYPE_CHECKING:
@@ -72,9 +72,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy against token budget on scenes or pages, or with --tasks on benchmarks of lmms-eval.
 
-    Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
-    config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
-    as many processes, by torchrun or accelerate launch.
+    Always runs the full and the blind model beside the methods, and the full one with another question's image. Writes
+    results.jsonl (a line a question), summary.json, config.json and curve.png to --out, and to needs-image.json and
+    needs-image.png the same over the questions that need the image: full right, blind wrong. Killed and run again, it
+    goes on where it was. With --tasks it may be started as many processes, by torchrun or accelerate launch.
 
     Examples:
 
@@ -104,7 +105,7 @@ def evaluate(
     if several and not tasks:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
     quiet()
-    from vtc.eval import report, run, suites
+    from vtc.eval import mis, report, run, suites
 
     console = Console()
     if tasks:
@@ -126,17 +127,17 @@ def evaluate(
     console.print(report.table(rows))
     if by_task:
         console.print(report.task_table(rows))
-    console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+    console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
 def _show(task: str, rows: list[Row], where: Path) -> None:
-    from vtc.eval import published, report
+    from vtc.eval import mis, published, report
 
     console = Console()
     console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
     if figures := published.table(task, rows):
         console.print(figures)
-    console.print(f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+    console.print(*mis.shown(where), f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
 
 
 def faithfulness(
@@ -176,44 +177,6 @@ def faithfulness(
     out.mkdir(parents=True, exist_ok=True)
     folder.write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))
-
-
-def tune(
-    context: typer.Context,
-    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
-    model: Model = "reference",
-    images: Annotated[
-        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
-    ] = "scenes",
-    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
-    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
-    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
-    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
-) -> None:
-    """Find a method's hyper-parameters for a model and a budget, without labels.
-
-    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
-
-    Example:
-
-      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
-    """
-    spend = parse_budget(budget)
-    check_methods(method)
-    need("optuna", "scipy", extra="tune")
-    if images == "scenes":
-        refuse(context, "question", why="scenes bring their own; name a folder with --images")
-        need("sklearn", extra="eval")
-    note_one([spend])
-    quiet()
-    from vtc.eval import tune as tuning
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
-    best, similarity, defaults = tuning.tune(search, out)
-    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
 
 
 def layers(

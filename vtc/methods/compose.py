@@ -13,10 +13,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 import vtc.adapter as adapters
-from vtc.budget import average_tokens, counts
+from vtc.budget import average_tokens, check_budget, counts
 from vtc.methods import check_class, list_methods
 from vtc.methods.modifiers import MODIFIERS
-from vtc.stage import Budget, Cache, Method, Shape, Stage, read_json
+from vtc.stage import EVIDENCE, Budget, Cache, Method, Shape, Stage, read_json
 
 
 @dataclass(frozen=True, init=False)
@@ -146,19 +146,39 @@ def find_method(name: str | Path | Method) -> Method:
     """The method that a text stands for.
 
     Args:
-        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`
-            or `vtc tune` wrote; several of them with "+" between for a chain, each with "@" and a modifier behind it
-            ("vtc-cls@sinks+fastv"). A method stands for itself.
+        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`,
+            `vtc tune` or `vtc choose` wrote; several of them with "+" between for a chain, each with "@" and a modifier
+            behind it ("vtc-cls@sinks+fastv"). A method stands for itself.
 
     Raises:
         ValueError: what names no method, with the known ones, or with the file and the field that is wrong.
         OSError: a file that cannot be read.
     """
+    return with_budget(name)[0]
+
+
+def with_budget(name: str | Path | Method) -> tuple[Method, Budget | None]:
+    """The method that a text stands for, and the budget where it is a JSON file that names one (`vtc choose`).
+
+    Takes and raises what `find_method` does.
+    """
     if isinstance(name, Method):
-        return name
+        return name, None
     name = str(name)
-    if name.endswith(".json") and (Path(name).exists() or not {*name} & {*"+@"}):
-        return _described(read_json(name), name)
+    if not (name.endswith(".json") and (Path(name).exists() or not {*name} & {*"+@"})):
+        return _named(name), None
+    settings = read_json(name)
+    settings.pop(EVIDENCE, None)
+    budget = settings.pop("budget", None)
+    try:
+        check_budget(budget)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return _described(settings, name), budget
+
+
+def _named(name: str) -> Method:
+    """The method of a name, a chain of them, or one with modifiers."""
     if "+" in name:
         return Chain(*name.split("+"))
     name, _, modifiers = name.partition("@") if not Path(name).exists() else (name, "", "")
