@@ -37,7 +37,7 @@ def is_full(budget: Budget | None, tokens: int | None) -> bool:
     return budget == 1.0
 
 
-def average_tokens(tokens: int, kept: Sequence[float], sites: Sequence[Site], depth: int) -> float:
+def average_tokens(tokens: float, kept: Sequence[float], sites: Sequence[Site], depth: int) -> float:
     """Visual tokens of one image averaged over `depth` decoder layers, when `kept[s]` are left by the stage at
     `sites[s]`.
 

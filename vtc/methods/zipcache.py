@@ -57,7 +57,7 @@ class ZipCache(Method):
 
 @dataclass(frozen=True)
 class ProbeRow(WindowRow):
-    """Attention of the prompt's last queries and as many of the earlier ones, evenly spaced: (images, key_heads, tokens).
+    """Attention of the prompt's last queries and as many earlier ones, evenly spaced: (images, key_heads, tokens).
 
     A sum is divided by how many queries of all the prompt see the token.
     """
