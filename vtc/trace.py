@@ -127,8 +127,8 @@ class Trace:
 
     @property
     def held_sizes(self) -> Tensor:
-        """FloatTensor (batch, decoder layers): as `held_per_layer`, but that tokens at fewer bits count by their bytes: of
-        how many tokens as they are what is held has the size.
+        """FloatTensor (batch, decoder layers): as `held_per_layer`, but that tokens at fewer bits count by their bytes,
+        as parts of one that is as it is.
         """
         held = self.held_per_layer.float()
         for stage in self.stages:

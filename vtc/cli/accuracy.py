@@ -78,8 +78,8 @@ def evaluate(
         str, typer.Option(help="bfloat16, float16 or float32; bytes depend on it. auto is the checkpoint's own.")
     ] = "auto",
     per: Annotated[
-        Per,
-        typer.Option(help="bytes: also draw accuracy against the bytes that the cache holds, with the peak beside."),
+        str,
+        typer.Option(callback=_per, help="bytes: draw accuracy against those of the cache, too, the peak beside."),
     ] = "tokens",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
     dry_run: Annotated[
