@@ -71,9 +71,13 @@ class Precision:
         factors = (self.reach is not None) + self.key.evened + self.value.evened
         return HALF * (2 * levels * scales + min(levels, 1) * factors * self.head_dim) / self._unit
 
+    def all_at(self, bits: int, tokens: float) -> float:
+        """The size of so many tokens, all of them at one number of bits."""
+        return tokens * self._each(bits) + self._besides(int(bits < 16))
+
     def least(self, tokens: float) -> float:
         """The size at the fewest bits."""
-        return tokens * self._each(self.levels[-1]) + self._besides(1)
+        return self.all_at(self.levels[-1], tokens)
 
     def size(self, bits: Tensor) -> Tensor:
         """(images,) float32, where tokens (images, [key_heads,] tokens) are at so many bits, and 0 is no token."""
@@ -97,6 +101,7 @@ class Precision:
             if (gain := self._each(more) - self._each(less)) > 0:
                 room = keep - self._besides(1 if more >= 16 else 2)
                 raised = ((room - number * self._each(less)) / gain).round()
+                raised = raised.where(keep < number * self._each(more) + self._besides(int(more < 16)) - 1e-3, number)
                 bits = bits.masked_fill(rank < raised[:, None], more)
         return Choice(seen.valid, bits=bits.masked_fill(~seen.valid, 0))
 
