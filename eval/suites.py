@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import folder, measure, published, report, run
+from vtc.eval import folder, measure, mis, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
@@ -300,8 +300,9 @@ def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     image is decided by itself.
     """
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
-    for method in settings.named:
-        arms += [_reachable(lm, settings, Arm(method, budget, budget)) for budget in dict.fromkeys(settings.budgets)]
+    for name, method in settings.named.items():
+        budgets = run.budgets_of(method, settings.budgets)
+        arms += [_reachable(lm, settings, Arm(name, budget, budget)) for budget in budgets]
     for arm in arms:
         _use(lm, settings, arm)
         for task in tasks.values():
@@ -373,6 +374,8 @@ def _write(
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for *_, lines in groups for line in lines)
     (where / "results.jsonl").write_text(text, encoding="utf-8")
     folder.write_json(where / "summary.json", rows)
+    if rows[0]["accuracy"] is not None:
+        folder.write_json(where / "needs-image.json", mis.needing(groups, settings.seed))
     title = f"{settings.model}: {name}, {rows[0]['n']} questions"
     points = published.points(name, settings.model, percent=own.percent)
     report.picture(rows, where / "curve.png", title, points)

@@ -5,7 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
-from models import FAMILIES, batch, prompt, rows
+from models import FAMILIES, IMAGE, batch, prompt, rows
 from table import METHODS
 from transformers import DynamicCache, TextStreamer
 from transformers.cache_utils import QuantizedLayer
@@ -327,3 +327,23 @@ def test_flash_attention_refuses_a_window_that_hides(llava):
             masks_of(model, "flash_attention_2", prompt(model, (1,)))
     finally:
         vtc.unwrap(model)
+
+
+@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
+def test_a_later_mask_cannot_hide_what_a_pruned_cache_holds(setting):
+    """The cache keeps columns, not masks: to hide a token afterwards is refused, not overlooked."""
+    model = FAMILIES["llava"].build()
+    inputs = prompt(model, (1,))
+    word = torch.ones_like(inputs["input_ids"][:, :1])
+    with vtc.compressed(model, *METHODS[setting]) as trace, torch.no_grad():
+        cache = model(**inputs).past_key_values
+        mask = torch.cat((inputs["attention_mask"], word), dim=1)
+        dropped = torch.ones(36, dtype=torch.bool).index_fill(0, trace.kept()[0], False).nonzero()[0, 0]
+        place = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+        gone, held = (mask.index_fill(1, place[token], 0) for token in (dropped, trace.kept()[0][0]))
+        expected = model(input_ids=word, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        if setting == "vtc-cls":  # which left every layer
+            got = model(input_ids=word, attention_mask=gone, past_key_values=copy.deepcopy(cache)).logits
+            assert torch.equal(got, expected)
+        with pytest.raises(ValueError, match="start again from the prompt"):
+            model(input_ids=word, attention_mask=held, past_key_values=cache)

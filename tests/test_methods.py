@@ -544,10 +544,10 @@ def test_an_image_of_one_token_is_kept():
 
 
 def test_tuned_methods_survive_json(tmp_path):
-    for method in (VFlowOpt.tuned({"retain.1": 0.5, "alpha": 0.1}), VtcCls.tuned({"layers": 2}), FastV(layer=3)):
+    for method in (VFlowOpt().tuned({"retain.1": 0.5, "alpha": 0.1}), VtcCls().tuned({"layers": 2}), FastV(layer=3)):
         method.to_json(tmp_path / "method.json")
         assert vtc.find_method(tmp_path / "method.json") == method
-    assert VFlowOpt.tuned({"retain.1": 0.5}).retain == (0.265, 0.5, 0.877)
+    assert VFlowOpt().tuned({"retain.1": 0.5}).retain == (0.265, 0.5, 0.877)
     (tmp_path / "method.json").write_text('{"method": "magic"}')
     with pytest.raises(ValueError, match="'magic'; vtc knows"):
         vtc.find_method(tmp_path / "method.json")

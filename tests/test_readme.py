@@ -7,12 +7,14 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import methods_table
 import pytest
 import typer
 from models import FAMILIES
 
 import vtc
 from vtc import cli, install
+from vtc.cli import about
 from vtc.eval import scenes
 from vtc.eval.reference import PATH
 from vtc.methods import described
@@ -142,9 +144,15 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_all_methods_and_the_table_all_families():
     text = (ROOT / "README.md").read_text()
-    assert {*re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)} == {*described(), "smaller-image"}
+    assert {*re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)} == {*described()}
+    assert "`smaller-image`" in text
     table = (ROOT / "docs" / "families.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*FAMILIES]
+
+
+def test_the_table_of_methods_is_what_the_command_prints():
+    """`python tests/methods_table.py` writes it, after a method or a figure has changed."""
+    assert methods_table.MARKED.search((ROOT / "README.md").read_text())[2] == about.methods_table()
 
 
 def test_contributing_names_all_rooms():

@@ -43,6 +43,11 @@ class Call:
     def __post_init__(self) -> None:
         self.record = {need: {} for need in self.compression.needs}
 
+    @property
+    def generates(self) -> bool:
+        """Whether generate() makes this call."""
+        return self.prompt is not None
+
     def ahead(self, total: int) -> int:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
         answer to be rated."""

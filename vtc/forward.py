@@ -62,14 +62,15 @@ class Forward:
 
     @classmethod
     def of(cls, call: Call, kwargs: dict[str, Any]) -> Forward:
-        """The forward of a call whose text model is about to run with `kwargs`: where its images are, what the cache
-        holds, whether anything leaves."""
+        """The forward of a call whose text model is about to run with `kwargs`."""
         embeds, cache, compression = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.compression
         (batch, length), device, adapter = embeds.shape[:2], embeds.device, compression.adapter
         call.started, mask, before, real = Clock.now(device), call.mask(kwargs, cache), None, None
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
+        if before is not None and not (call.generates and length == 1):  # generate() makes the masks of its steps
+            past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
         visibility, ahead = Visibility(adapter, past.seen, past.seen + length), call.ahead(past.seen + length)
@@ -82,7 +83,7 @@ class Forward:
         compression, stream = self.compression, self.stream
         kept = [compression.keep(count) for count in stream.counts]
         drops = any(counts and min(counts) < count for counts, count in zip(kept, stream.counts, strict=True))
-        self.busy = drops or not all(columns.whole for columns in self.past.layers)
+        self.busy = drops or self.past.pruned
         if stream.images or self.past.trace.depth == 0:
             sizes = [image.image.tokens for image in stream.images]
             trace = Trace(compression.shape.decoder_layers, batch, stream.batch_rows, sizes, stream.grids)
@@ -137,8 +138,8 @@ class Forward:
         stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
         return [(number, stage) for number, stage in enumerate(stages) if stage.due == site]
 
-    def _counts(self, number: int) -> list[int]:
-        """How many tokens of each image a stage leaves, of those that came in."""
+    def _counts(self, number: int) -> list[Any]:
+        """How many tokens of each image a stage leaves, of those that came in; whole numbers but for a `Precision`."""
         return [self.compression.keep(image.shown)[number] for image in self.stream.images]
 
     def _run(self, number: int, stage: Stage, hidden: Tensor) -> Tensor:
@@ -170,10 +171,10 @@ class Forward:
         return choice, scores
 
     def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
-        scores, stream = None if scores is None else scores.detach(), self.stream
-        self.past.trace.stages.append(
-            StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, choice.into, choice.gate)
-        )
+        scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
+        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
+        what = choice.into, choice.gate, choice.bits, size
+        self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
@@ -205,10 +206,9 @@ class Forward:
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
                 of = stage.site.layer if isinstance(stage.site, Cache) else layer
-                (columns, source), stays = self.layers[of], self.stream.stays(chosen[0].keep)
-                lengths = self.stream.lengths_after(self._counts(number))
-                columns = held.evict(self.cache, of, self.past.layers[of], columns, stays, lengths)
-                self.layers[of] = columns, source
+                (now, source), before = self.layers[of], self.past.layers[of]
+                kept = self.stream, chosen[0], self._counts(number), stage.precision
+                self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""

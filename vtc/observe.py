@@ -86,6 +86,8 @@ QUERY_BLOCK = 64
 class LastTokenRow(Need):
     """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
 
+    reads_text: ClassVar[bool] = True
+
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {"query": attention.query, "key": attention.key}
@@ -105,6 +107,8 @@ class TextRow(Need):
 
     ahead: bool = True
     """Whether the row is that of a layer that has not run yet, on the states that are about to enter it."""
+
+    reads_text: ClassVar[bool] = True
 
     @property
     def before(self) -> int:

@@ -168,6 +168,17 @@ class Stream:
               torch.where(leaves, self.position[:, None], self.length)] = False  # fmt: skip
         return spare[..., :-1] if keep.ndim == 3 else spare[:, 0, :-1]
 
+    def graded(self, bits: Tensor) -> Tensor:
+        """(batch, heads, entered): the `bits` (images, [heads,] left) of visual tokens where they came in, else 0."""
+        bits = bits if bits.ndim == 3 else bits[:, None]
+        batch, length = self.source.shape
+        heads = torch.arange(bits.shape[1], device=bits.device)[:, None]
+        # the last entry takes the writes of what is no token
+        entered = self.places.gather(1, self.index).masked_fill(~self.valid, length)
+        graded = bits.new_zeros(batch, bits.shape[1], length + 1)
+        graded[self.row[:, None, None], heads, entered[:, None]] = bits
+        return graded[..., :-1]
+
     def lengths_after(self, counts: list[int]) -> list[int]:
         """Real positions of each row when `counts` tokens of each image are left. Raises ValueError where none are."""
         lengths = list(self.lengths)

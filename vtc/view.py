@@ -72,8 +72,10 @@ class View:
 
         Raises ValueError for caches that do not give them back.
         """
-        pair = held.evictable(self.cache, layer)
-        return pair.keys, pair.values
+        keys, values = held.pair(self.cache, layer)
+        if keys.shape[2] != self.past[layer].length + self.stream.length:
+            raise ValueError(f"tokens have left the cache of decoder layer {layer} before this method looks at it")
+        return keys, values
 
     def rows(self, layer: int, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         """Attention that the tokens at `positions` (batch, queries) pay in decoder layer `layer`.

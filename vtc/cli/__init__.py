@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, pictures, speed, training
+from vtc.cli import about, accuracy, choosing, pictures, speed, training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,9 +32,11 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc sh
 COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
     "faithfulness": accuracy.faithfulness,
-    "tune": accuracy.tune,
+    "tune": choosing.tune,
+    "choose": choosing.choose,
     "layers": accuracy.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,

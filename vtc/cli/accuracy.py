@@ -1,7 +1,8 @@
-"""`vtc eval`, `faithfulness`, `tune` and `layers`: what answers cost in accuracy, and what can be done about it."""
+"""`vtc eval`, `faithfulness` and `layers`: what fewer visual tokens cost in accuracy, and why."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
 
 if TYPE_CHECKING:
     from vtc.eval.rows import Row
+
+
+def _per(axis: str) -> str:
+    if axis not in ("tokens", "bytes"):
+        raise typer.BadParameter(f"{axis!r} is neither tokens nor bytes")
+    return axis
+
 
 REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
 
@@ -32,7 +40,10 @@ def evaluate(
     ] = "0.5,0.25,0.11",
     benchmark: Annotated[
         str,
-        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+        typer.Option(
+            help="scenes, a few small things on a photograph; captions, all of them listed; or pages, full of words, "
+            "digits and shapes."
+        ),
     ] = "scenes",
     tasks: Annotated[
         str,
@@ -55,12 +66,21 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; unless given 8, for captions 48.")
+    ] = None,
     suffix: Annotated[
         str,
         typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise."),
     ] = "",
     device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32; bytes depend on it. auto is the checkpoint's own.")
+    ] = "auto",
+    per: Annotated[
+        str,
+        typer.Option(callback=_per, help="bytes: draw accuracy against those of the cache, too, the peak beside."),
+    ] = "tokens",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
     dry_run: Annotated[
         bool,
@@ -72,9 +92,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy against token budget on scenes or pages, or with --tasks on benchmarks of lmms-eval.
 
-    Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
-    config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
-    as many processes, by torchrun or accelerate launch.
+    Always runs the full and the blind model beside the methods, and the full one with another question's image. Writes
+    results.jsonl (a line a question), summary.json, config.json and curve.png to --out, and to needs-image.json and
+    needs-image.png the same over the questions that need the image: full right, blind wrong. Killed and run again, it
+    goes on where it was. With --tasks it may be started as many processes, by torchrun or accelerate launch.
 
     Examples:
 
@@ -91,9 +112,10 @@ def evaluate(
     chosen, spend = split(methods), parse_budgets(budgets)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if tasks:
-        refuse(context, "suffix", "max_new_tokens", "by_task", "benchmark", why="for scenes and pages, not for --tasks")
+        chosen_here = ("suffix", "max_new_tokens", "by_task", "benchmark", "dtype", "per")
+        refuse(context, *chosen_here, why="for vtc's own benchmarks, not for --tasks")
     else:
-        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes and pages")
+        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for vtc's own benchmarks")
     if dry_run:
         refuse(context, "by_task", why="a dry run counts nothing")
     if several and ":" in device:
@@ -104,7 +126,7 @@ def evaluate(
     if several and not tasks:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
     quiet()
-    from vtc.eval import report, run, suites
+    from vtc.eval import benchmarks, memory, mis, report, run, suites
 
     console = Console()
     if tasks:
@@ -114,29 +136,44 @@ def evaluate(
         if dry_run:
             console.print(REHEARSED)
         return
+    longest = getattr(benchmarks.find(benchmark), "LONGEST", 8)
     settings = run.Settings(
-        model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device, benchmark
+        model,
+        chosen,
+        spend,
+        limit or 1000,
+        seed,
+        batch_size,
+        max_new_tokens or longest,
+        suffix,
+        device,
+        benchmark,
+        dtype,
     )
     say(f"loading {model}")
-    rows = run.evaluate(settings, out, restart, dry_run, bar=True)
+    rows = run.evaluate(settings, out, restart, dry_run, bar=True, per=per)
     if dry_run:
         console.print(REHEARSED)
         return
     note_above(spend, next(row["tokens"] for row in rows if row["method"] == "full"))
     console.print(report.table(rows))
+    if per == "bytes":
+        console.print(
+            memory.table(json.loads((out / "bytes.json").read_text())), f"{escape(str(out))}: bytes.png, bytes.json"
+        )
     if by_task:
         console.print(report.task_table(rows))
-    console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+    console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
 def _show(task: str, rows: list[Row], where: Path) -> None:
-    from vtc.eval import published, report
+    from vtc.eval import mis, published, report
 
     console = Console()
     console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
     if figures := published.table(task, rows):
         console.print(figures)
-    console.print(f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+    console.print(*mis.shown(where), f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
 
 
 def faithfulness(
@@ -176,44 +213,6 @@ def faithfulness(
     out.mkdir(parents=True, exist_ok=True)
     folder.write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))
-
-
-def tune(
-    context: typer.Context,
-    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
-    model: Model = "reference",
-    images: Annotated[
-        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
-    ] = "scenes",
-    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
-    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
-    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
-    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
-) -> None:
-    """Find a method's hyper-parameters for a model and a budget, without labels.
-
-    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
-
-    Example:
-
-      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
-    """
-    spend = parse_budget(budget)
-    check_methods(method)
-    need("optuna", "scipy", extra="tune")
-    if images == "scenes":
-        refuse(context, "question", why="scenes bring their own; name a folder with --images")
-        need("sklearn", extra="eval")
-    note_one([spend])
-    quiet()
-    from vtc.eval import tune as tuning
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
-    best, similarity, defaults = tuning.tune(search, out)
-    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
 
 
 def layers(

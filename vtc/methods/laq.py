@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-import vtc.held as held
 import vtc.select as select
 from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.choice import by_head
-from vtc.compact import gather
+from vtc.compact import gather, gather_heads
 from vtc.methods.window import Kernel, WindowRow, pooled
 from vtc.need import Need
 from vtc.stage import Cache, Method, Shape, Stage
@@ -120,12 +119,12 @@ class LookAhead(Need):
         for window in self.windows:
             row = view.stream.rows[window] if window is not self.windows[-1] else window.row(record, view)
             keep = by_head(select.top_k, pooled(row, seen, self.kernel, "max"), seen, number).keep
-            layer, past = held.evictable(view.cache, window.layer), view.past[window.layer]
+            pair, past = view.cached(window.layer), view.past[window.layer]
             stays, lengths = view.stream.stays(keep), view.stream.lengths_after(counts)
-            columns, pair = held.narrowed(layer, past, past.then(view.stream.columns), stays, lengths)
+            columns, index = past.then(view.stream.columns).staying(past, stays, lengths)
             if columns.weight is not None:
                 raise ValueError("this method cannot look ahead over merged tokens that count several times")
-            cache.update(*pair, window.layer)
+            cache.update(*(gather_heads(x, index) for x in pair), window.layer)
         return cache, self._prompt(view, columns.by_head(1).place[:, 0])
 
     def _prompt(self, view: View, place: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Tally(Method):
 
     name: ClassVar[str] = "tally"
     paper: ClassVar[str] = "of this package"
+    merges: ClassVar[bool] = True
     space: ClassVar[dict[str, tuple[float, float]]] = {"power": (1.0, 4.0), "layer": (1, 31)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
