@@ -264,6 +264,22 @@ def test_nothing_is_said_behind_the_end_of_an_answer(model, monkeypatch):
 def test_looking_ahead_needs_a_head_and_all_tokens_up_to_the_end(model):
     with pytest.raises(ValueError, match="no head to say them with"):
         vtc.wrap(model.base_model, "laq", 0.5)
+    vtc.wrap(model, "fastv+laq", 0.5)
+    with pytest.raises(ValueError, match="tokens have left the cache of decoder layer 0"):
+        model(**prompt(model))
+
+
+def test_behind_a_method_that_drops_before_the_decoder_all_is_the_same(model):
+    for method in ("vtc-cls+laq", "vtc-cls+caote", "vtc-cls+h2o"):
+        assert_evicting_is_masking(model, method, prompt(model, (2, 0, 1)))
+
+
+def test_a_map_shows_what_any_head_holds(model):
+    with vtc.compressed(model, SnapKV(), 7) as trace, torch.no_grad():
+        model(**prompt(model, (2,)))
+    for image, (shown,) in enumerate(trace.maps(2)):
+        held = {index - 36 * image for head in trace.held(2)[0].tolist() for index in head if index // 36 == image}
+        assert {*shown.flatten().nonzero()[:, 0].tolist()} == held
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -321,8 +337,10 @@ def assert_evicting_is_masking(model, method, inputs, budget=0.3, **options):
     out = model.generate(**inputs, **GREEDY | options)
     trace = model.vtc.trace
     vtc.unwrap(model)
-    new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    expected = expected_logits(model, trace.held, inputs, new)
+    start = inputs["input_ids"].shape[1]
+    full = continued(model, inputs, out.sequences[:, start:-1])
+    with hidden(model, [(0, trace.alive), (start, trace.held)], inputs, full), torch.no_grad():
+        expected = model(**full, use_cache=False).logits[:, start - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=1e-4, rtol=1e-4)
     assert (trace.held_per_layer[0] < trace.tokens_per_layer[0]).all()
 
