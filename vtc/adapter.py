@@ -213,8 +213,10 @@ class Adapter:
         return side, side
 
     def shape(self) -> Shape:
-        heads = self.decoder_attention(self.layers[0]).key_heads
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads)
+        heads, config = self.decoder_attention(self.layers[0]).key_heads, self.decoder.config
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bits = 8 * self.model.dtype.itemsize
+        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads, channels, bits)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
