@@ -1,8 +1,8 @@
 """What kvpress keeps and what vtc keeps, of the same random tensors.
 
-Not of the suite: kvpress wants another transformers than vtc. `python tests/kvpress_keys.py PYTHON`, where PYTHON is that
-of an environment with kvpress in it, makes a tiny LLaVA with random weights and a prompt, lets that environment score
-the keys of its text model over the same embeddings, and compares scores and the visual tokens that each head keeps.
+Not of the suite: kvpress wants another transformers than vtc. `python tests/kvpress_keys.py PYTHON`, where PYTHON is
+that of an environment with kvpress in it, makes a tiny LLaVA with random weights and a prompt, lets that environment
+score the keys of its text model over the same embeddings, and compares scores and the visual tokens that heads keep.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
-"""The methods of the cache site: each score against loops over whole attention matrices, and what is held is what counts."""
+"""The methods of the cache site: scores against loops over whole attention matrices; what is held is what counts."""
 
 import math
+from contextlib import contextmanager
 
 import oracle
 import pytest
 import torch
 from models import FAMILIES, batch, continued, llava, prompt, rows, visual
 from test_cache_site import GREEDY, PLAIN, WINDOWED, expected_logits, hidden
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
 from vtc.choice import Seen
 from vtc.methods.caote import CAOTE
 from vtc.methods.h2o import H2O
+from vtc.methods.laq import LAQ
 from vtc.methods.scissorhands import Scissorhands
 from vtc.methods.snapkv import SnapKV
+from vtc.methods.specprefill import SpecPrefill
 from vtc.methods.tova import TOVA
 from vtc.methods.vatp import VATP
 from vtc.methods.window import pooled
 
-METHODS = {
+SCORED = {
     "snapkv": SnapKV(),
     "snapkv-max": SnapKV(window=5, kernel=5, pooling="max"),
     "snapkv-plain": SnapKV(window="prompt", kernel=1),
@@ -32,6 +36,7 @@ METHODS = {
     "scissorhands": Scissorhands(),
     "tova": TOVA(),
 }
+METHODS = SCORED | {"laq": LAQ(steps=3)}
 EACH_KIND = ("snapkv", "h2o", "caote", "tova")
 """A window of the question and one of all; with values; and one that all heads hold alike."""
 
@@ -119,10 +124,10 @@ def blurred(method, scores):
 
 
 @pytest.mark.parametrize(("seed", "pad"), [(0, "left"), (1, "right")])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SCORED)
 def test_scores_are_those_of_loops(model, eager, name, seed, pad):
     """Of each image of a padded batch: all scores of a middle layer, and what each head keeps by them."""
-    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=seed), METHODS[name]
+    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=seed), SCORED[name]
     with vtc.compressed(model, method, 7) as trace, torch.no_grad():
         model(**inputs)
     mask = inputs["attention_mask"]
@@ -190,6 +195,100 @@ def test_guesses_do_not_look(model):
         torch.testing.assert_close(model.vtc.trace.scores(3)[0], scores)
 
 
+@contextmanager
+def projected(model, layer):
+    """What goes into the attention of a layer: queries and keys, rotated, (batch, heads, length, head_dim) each."""
+    found, attention = {}, oracle.layers(model)[layer].self_attn
+
+    def keep(name):
+        return lambda module, args, output: found.__setitem__(name, output.unflatten(-1, (-1, 8)).transpose(1, 2))
+
+    def rotate(module, args, kwargs, output):
+        cos, sin = kwargs["position_embeddings"]
+        found["query"], found["key"] = apply_rotary_pos_emb(found["query"], found["key"], cos, sin)
+
+    handles = [
+        attention.q_proj.register_forward_hook(keep("query")),
+        attention.k_proj.register_forward_hook(keep("key")),
+    ]
+    handles.append(attention.register_forward_hook(rotate, with_kwargs=True))
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def test_what_is_said_ahead_is_said_on_the_smaller_cache_and_scores_the_whole_one(model):
+    inputs, smaller = prompt(model, (1, 0, 2), pad="left"), SnapKV(pooling="max")
+    with vtc.compressed(model, smaller, 9) as copy:
+        said = model.generate(**inputs, do_sample=False, max_new_tokens=3)[:, -3:]
+    with vtc.compressed(model, LAQ(steps=3, share=0.25), 12) as trace, torch.no_grad():
+        model(**inputs)
+    start, full = inputs["input_ids"].shape[1], continued(model, inputs, said)
+    with projected(model, 4) as found, hidden(model, [(start, copy.held)], inputs, full), torch.no_grad():
+        model(**full, use_cache=False)
+    for row, images in ((0, 1), (2, 2)):
+        places = visual(inputs["input_ids"][row]).nonzero()[:, 0]
+        real = inputs["attention_mask"][row].bool().nonzero()[:, 0]
+        for image in range(images):
+            expected = [[0.0] * 36, [0.0] * 36]
+            for head in range(4):
+                for step in range(start, start + 3):
+                    logits = [
+                        found["query"][row, head, step] @ found["key"][row, head // 2, key] / 8**0.5 for key in real
+                    ]
+                    paid = dict(zip(real.tolist(), torch.stack(logits).softmax(0).tolist(), strict=True))
+                    for token, place in enumerate(places[36 * image :][:36].tolist()):
+                        expected[head // 2][token] += paid[place] / 3
+            expected = torch.tensor([blurred(smaller, scores) for scores in expected])
+            ours = trace.scores(4)[row][:, 36 * image :][:, :36]
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+            held = [
+                [index - 36 * image for index in head if index // 36 == image] for head in trace.held(4)[row].tolist()
+            ]
+            assert held == [oracle.top(scores, 12) for scores in expected.tolist()]
+
+
+def test_nothing_is_said_behind_the_end_of_an_answer(model, monkeypatch):
+    inputs = prompt(model)
+    with vtc.compressed(model, SnapKV(pooling="max"), 9):
+        said = model.generate(**inputs, do_sample=False, max_new_tokens=3)[0, -3:].tolist()
+    assert said[1] != said[0]
+    with vtc.compressed(model, LAQ(steps=1), 12) as once, torch.no_grad():
+        model(**inputs)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [said[1], 3])
+    with vtc.compressed(model, LAQ(steps=3), 12) as ended, torch.no_grad():
+        model(**inputs)
+    torch.testing.assert_close(ended.scores(2)[0], once.scores(2)[0])
+
+
+def test_looking_ahead_needs_a_head_and_all_tokens_up_to_the_end(model):
+    with pytest.raises(ValueError, match="no head to say them with"):
+        vtc.wrap(model.base_model, "laq", 0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_specprefill(model, eager, seed):
+    """Its scores from whole matrices, for an image of 6 x 6 tokens in chunks of 4 x 4, of which some are cut off."""
+    inputs = prompt(model, (1, 0, 2), pad="left", seed=seed)
+    with vtc.compressed(model, SpecPrefill(layer=3, chunk=4), 0.7) as trace, torch.no_grad():
+        model(**inputs)
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    matrices, _ = attended(eager, {**inputs, "position_ids": positions})
+    for row, images in ((0, 1), (2, 2)):
+        places = visual(inputs["input_ids"][row]).nonzero()[:, 0].tolist()
+        for image in range(images):
+            own, best = places[36 * image :][:36], [0.0] * 36
+            for layer in range(3):
+                for head in range(4):
+                    paid = [matrices[layer][row, head, -1, place].item() for place in own]
+                    best = list(map(max, best, blurred(SnapKV(), paid)))
+            chunks = [[j for j in range(36) if (j // 24, j % 6 // 4) == (i // 24, i % 6 // 4)] for i in range(36)]
+            expected = torch.tensor([sum(best[j] for j in chunk) / len(chunk) for chunk in chunks])
+            ours = trace.scores()[row][36 * image :][:36]
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("how", ["mean", "max"])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_pooling_is_over_those_of_its_own_grid_that_are_there(how, kernel):
@@ -234,7 +333,7 @@ def test_evicting_is_masking_for_every_later_query(model, name):
 
 
 @pytest.mark.parametrize("family", [name for name in PLAIN if name != "llava"])
-@pytest.mark.parametrize("name", ["caote", "h2o"])
+@pytest.mark.parametrize("name", ["caote", "laq"])
 def test_evicting_is_masking_in_each_family(family, name):
     model = FAMILIES[family].model
     try:

@@ -136,7 +136,7 @@ class Forward:
 
     def _stages(self, site: Site) -> list[tuple[int, Stage]]:
         stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
-        return [(number, stage) for number, stage in enumerate(stages) if stage.site == site]
+        return [(number, stage) for number, stage in enumerate(stages) if stage.due == site]
 
     def _counts(self, number: int) -> list[Any]:
         """How many tokens of each image a stage leaves, of those that came in; whole numbers but for a `Precision`."""
@@ -201,13 +201,14 @@ class Forward:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
-        """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
+        """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                (now, source), before = self.layers[layer], self.past.layers[layer]
+                of = stage.site.layer if isinstance(stage.site, Cache) else layer
+                (now, source), before = self.layers[of], self.past.layers[of]
                 kept = self.stream, chosen[0], self._counts(number), stage.precision
-                self.layers[layer] = held.keep(self.cache, layer, before, now, *kept), source
+                self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""

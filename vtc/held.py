@@ -51,8 +51,8 @@ class Held:
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
     def check(self, shown: Tensor) -> None:
-        """Raise ValueError where a mask `shown` (batch, seen) bool hides tokens that a pruned cache holds, and that were
-        not hidden when they went in. That waits for the device."""
+        """Raise ValueError where a mask `shown` (batch, seen) bool hides tokens that a pruned cache holds, and that
+        were not hidden when they went in. That waits for the device."""
         if not self.pruned or shown.shape[1] != self.seen:
             return
         for columns in {id(columns): columns for columns in self.layers}.values():
@@ -194,22 +194,9 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         lengths: how many that are in each row.
     """
     held = evictable(cache, layer)
-    if stays.ndim > now.place.ndim:
-        now = now.by_head(stays.shape[1])
-    heads = now.place[0].numel() // now.length
-    everything = now.place >= 0
-    everything[..., before.length :] = stays if stays.ndim == everything.ndim else stays[:, None]
-    counts = torch.tensor(lengths)[:, None].expand(-1, heads)
-    counts = counts + (
-        everything[..., : before.length].sum(-1).view(-1, heads).cpu() if before.ragged else before.length
-    )
-    plan = compact.plan(everything.flatten(0, -2), counts.flatten().tolist())
-    batch, every = now.place.shape[0], held.keys.shape[1]
-    index = plan.index.view(batch, heads, -1).expand(-1, every, -1).flatten(0, 1)
-    held.keys, held.values = (
-        compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)
-    )
-    return now.kept(plan)
+    kept, index = now.staying(before, stays, lengths)
+    held.keys, held.values = (compact.gather_heads(x, index) for x in (held.keys, held.values))
+    return kept
 
 
 def keep(

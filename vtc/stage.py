@@ -84,6 +84,8 @@ class Cache:
     """
 
     layer: int
+    after: int | None = field(default=None, compare=False)
+    """The later decoder layer that has to have run, too, before this one's cache is looked at."""
 
 
 Site = int | Cache
@@ -111,6 +113,13 @@ class Stage:
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
     precision: Precision | None = None
     """At a cache: its tokens stay, at fewer bits, and `select` is asked for what is worth as much as `keep` tokens."""
+
+    @property
+    def due(self) -> Site:
+        """Where it is run: at its site, or behind a later decoder layer."""
+        if isinstance(self.site, Cache) and self.site.after is not None:
+            return Cache(self.site.after)
+        return self.site
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class View:
         return self.attend(layer, query, key, positions)[0][..., past:]
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As `rows`, over all `keys` (batch, key_heads, past + length, head_dim), which come after the rotary embedding.
+        """As `rows`, over all `keys` (batch, key_heads, past + length, head_dim), which are rotated.
 
         Returns (batch, heads, queries, past + length) float32, and what is seen: (batch, [key_heads,] queries, ...).
         """

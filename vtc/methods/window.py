@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ Kernel = Literal[1, 3, 5, 7]
 """Cells on the side of the square that scores are pooled over."""
 Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What queries make of keys, (batch, key_heads, heads of each, queries, keys) float32: from their attention, of this
-shape; the values, (batch, key_heads, keys, head_dim) float32; and what they see, (batch, key_heads, 1, queries, keys)."""
+shape; from the values, (batch, key_heads, keys, head_dim) float32; and from what they see, (batch, key_heads, 1,
+queries, keys) bool."""
 
 
 def attention(rows: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -48,6 +49,8 @@ class WindowRow(Need):
 
     The entries are summed over the heads that share a key, and over the queries.
     """
+
+    reads_text: ClassVar[bool] = True
 
     window: Window = "question"
     entry: Entry = attention
@@ -91,7 +94,7 @@ class WindowRow(Need):
 
 
 def pooled(scores: Tensor, seen: Seen, kernel: Kernel, how: Literal["mean", "max"] = "mean") -> Tensor:
-    """Scores (images, key_heads, tokens), each the mean or maximum over the tokens in a square of its grid around it."""
+    """Scores (images, heads, tokens), each the mean or maximum over the tokens in a square of its grid around it."""
     if kernel == 1:
         return scores
     table, high, wide = _canvas(tuple(map(tuple, seen.parts)), kernel // 2, scores.device)
