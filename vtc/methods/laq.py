@@ -124,7 +124,8 @@ class LookAhead(Need):
             columns, index = past.then(view.stream.columns).staying(past, stays, lengths)
             if columns.weight is not None:
                 raise ValueError("this method cannot look ahead over merged tokens that count several times")
-            cache.update(*(gather_heads(x, index) for x in pair), window.layer)
+            keys, values = (gather_heads(x, index) for x in pair)
+            cache.update(keys, values, window.layer)
         return cache, self._prompt(view, columns.by_head(1).place[:, 0])
 
     def _prompt(self, view: View, place: Tensor) -> Tensor:
