@@ -404,6 +404,7 @@ def test_a_budget_is_the_layer_average(llava, budget):
         tokens = model.config.image_seq_length
         target = budget if isinstance(budget, int) else budget * tokens
         late = {"fastv": 41 / 6, "transprune": 41 / 6}  # all 36 tokens in the first of 6 layers, then one
+        late["specprefill"] = (2 * 36 + 4) / 6
         # all at 2 bits, of 64 bytes a token and head; scales of 2 + 2 bytes, factors of 2, and one to tell the level
         late |= {
             "bits": (36 * (1 + 4 + 4) + 8 * 4) / 64,
