@@ -38,7 +38,7 @@ def model():
 # -- bytes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*METHODS, "vtc-cls+bits"])
+@pytest.mark.parametrize("method", [*METHODS, "vtc-cls+bits", "laq"])
 def test_bytes_are_those_of_the_cache(model, method):
     """Held: those of its tensors without the text's. Peak: the most that they were between two layers."""
     inputs, seen = prompt(model), []
