@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, pictures, speed, training
+from vtc.cli import about, accuracy, pictures, serving, speed, training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ask": pictures.ask,
     "scene": pictures.scene,
     "demo": pictures.demo,
+    "serve": serving.serve,
     "methods": about.methods,
     "tasks": about.tasks,
     "env": about.env,
