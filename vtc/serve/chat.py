@@ -78,8 +78,8 @@ class Chat(ChatCompletionHandler):
         try:
             self.reading.check_length(prompt.unpruned, config.max_new_tokens)
             ticket.packed, ticket.prompt_tokens = True, prompt.unpruned
-            ticket.before = sum(kept.tokens for kept in prompt.images)
-            ticket.after = sum(len(kept.index) for kept in prompt.images)
+            ticket.before = sum(kept.pruned.tokens for kept in prompt.images)
+            ticket.after = sum(len(kept.slots) for kept in prompt.images)
             inputs = {"input_ids": ids, "prompt": prompt}
             parts = (self.reading.model, self.reading.processor, asked.model, inputs, config, self.packed)
             if asked.stream:

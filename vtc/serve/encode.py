@@ -43,6 +43,8 @@ class Pruned:
     """The ids that stand for the image in a prompt, with a placeholder for each visual token."""
     index: list[int]
     """Which placeholders stayed, ascending."""
+    tokens: int
+    """Placeholders, that is visual tokens before pruning."""
     rows: Tensor
     """(kept, width)."""
     renumbered: bool
@@ -56,6 +58,8 @@ def prune(model: Any, adapter: Adapter, processor: Any, images: Sequence[Image],
     Raises Alone where what the decoder reads is not rows at positions alone, ValueError for a method or a budget that
     cannot be.
     """
+    if spend[1] == 0:
+        raise Alone("an image of which nothing is left has no place in a packed prompt")
     token = processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id)
     batch = processor(
         images=list(images), text=[token] * len(images), add_special_tokens=False, padding=True, return_tensors="pt"
@@ -93,9 +97,8 @@ def _pruned(adapter: Adapter, inputs: dict[str, Any], forward: Forward, kwargs: 
         left = columns[row][columns[row] >= 0]
         stays = visual[row, left]
         rows = embeds[row][columns[row] >= 0][stays]
-        if not len(rows):
-            raise Alone("an image of which nothing is left has no place in a packed prompt")
-        result.append(Pruned(ids[row][real].tolist(), number[row, left[stays]].tolist(), rows, renumbered))
+        index, tokens = number[row, left[stays]].tolist(), int(visual[row].sum())
+        result.append(Pruned(ids[row][real].tolist(), index, tokens, rows, renumbered))
     return result
 
 

@@ -157,7 +157,15 @@ class Packed(CBGenerateManager):
         return super().generate_streaming(model, processor, {"input_ids": inputs["prompt"]}, *args, **kwargs)
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        return await super().generate_non_streaming(model, processor, {"input_ids": inputs["prompt"]}, *args, **kwargs)
+        """Raises CBWorkerDeadError also where the engine dies meanwhile: it fails requests before it says so."""
+        try:
+            return await super().generate_non_streaming(
+                model, processor, {"input_ids": inputs["prompt"]}, *args, **kwargs
+            )
+        except RuntimeError as error:
+            if self.engine.background_thread_status.can_accept_new_requests() is not None:
+                raise CBWorkerDeadError(str(error)) from error
+            raise
 
 
 class State(GenerationState):

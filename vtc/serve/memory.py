@@ -6,13 +6,15 @@ import hashlib
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+
+from vtc.serve.encode import Pruned
 
 
 class Full(Exception):
@@ -23,27 +25,21 @@ class Full(Exception):
 class Kept:
     """An image after pruning."""
 
-    expansion: Sequence[int]
-    """The ids that stand for it in a prompt, with a placeholder for each visual token."""
-    index: Sequence[int]
-    """Which of the placeholders stayed, ascending."""
-    first: int
-    """Its first virtual id; the others follow. No other image has had them, nor will have."""
+    pruned: Pruned
+    """Without its rows."""
+    id: int
+    """Its virtual id: no other image has had it, nor will have."""
     slots: Tensor
     """(kept,) int32: where its rows are in `Memory.rows`."""
-    renumbered: bool = False
-    """Whether its method renumbers survivors without gaps."""
-    tokens: int = 0
-    """Visual tokens before pruning."""
-    users: int = 0
+    users: int = 1
     """Requests that are not over."""
 
 
 class Memory:
     """The rows of the images that were seen last, by content.
 
-    A place is free again when its image was not used for the longest time and no request needs it. Ids are never used
-    twice: a block of the paged cache that is found by them holds what belongs to this very image.
+    A place is free again when its image was not used for the longest time and no request needs it. An id is never used
+    twice: a block of the paged cache that is found by it holds what belongs to this very image.
     """
 
     def __init__(self, model: Any, capacity: int):
@@ -55,7 +51,7 @@ class Memory:
         self._free = list(range(capacity))[::-1]
         self._images: OrderedDict[Hashable, Kept] = OrderedDict()
         self._secret = secrets.token_bytes(32)
-        self._next = self.vocabulary + capacity
+        self._next = self.vocabulary + 1
         self._lock = threading.Lock()
 
     def digest(self, image: Image) -> bytes:
@@ -71,8 +67,11 @@ class Memory:
                 kept.users += 1
             return kept
 
-    def add(self, key: Hashable, rows: Tensor, **about: Any) -> Kept:
-        """Remember an image by `rows` (kept, width), for one user. Raises `Full`."""
+    def add(self, key: Hashable, pruned: Pruned) -> Kept:
+        """Remember an image, for one user. Raises `Full`, or ValueError where there is never room for it."""
+        rows = pruned.rows
+        if len(rows) > len(self.rows):
+            raise ValueError(f"an image of {len(rows)} visual tokens, and memory for {len(self.rows)}")
         with self._lock:
             for old in [old for old, kept in self._images.items() if not kept.users]:
                 if len(self._free) >= len(rows):
@@ -80,11 +79,12 @@ class Memory:
                 self._free += self._images.pop(old).slots.tolist()
             if len(self._free) < len(rows):
                 raise Full(f"{len(rows)} visual tokens do not fit beside those of running requests")
-            if self._next + len(rows) > 2**31:
-                raise OverflowError("all virtual ids are used up: start the server anew")
+            if self._next >= 2**31:
+                raise RuntimeError("two billion images have used up all virtual ids: start the server anew")
             slots = [self._free.pop() for _ in range(len(rows))]
-            kept = Kept(first=self._next, slots=torch.tensor(slots, dtype=torch.int32), users=1, **about)
-            self._next += len(rows)
+            about = replace(pruned, rows=rows.new_empty(0))
+            kept = Kept(about, self._next, torch.tensor(slots, dtype=torch.int32))
+            self._next += 1
             self.rows[slots] = rows.to(self.rows)
             if self.rows.is_cuda:
                 torch.cuda.synchronize(self.rows.device)  # the engine reads on a stream of its own

@@ -1,4 +1,4 @@
-"""A prompt as the engine takes it: ids, of which each visual token that stayed has one of its own, and positions."""
+"""A prompt as the engine takes it: ids, virtual ones where a visual token stayed, and original positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Prompt:
     """What one request reads."""
 
     ids: list[int]
-    """Of the vocabulary, and virtual ones. Prompts with the same beginning here have the same keys and values."""
+    """Of the vocabulary, and virtual ones: an image's first visual token has one that is the image's alone. Where these
+    begin alike, so do keys and values."""
     read: Tensor
     """(length,) int32: those of the vocabulary, and beyond it the place in `Memory.rows`."""
     positions: Tensor
@@ -38,7 +39,7 @@ class Prompt:
             whole += _entries(next(coming), placeholder, vocabulary) if token == placeholder else [(token, token)]
         left = [(position, *entry) for position, entry in enumerate(whole) if entry is not None]
         positions, ids, read = (list(column) for column in zip(*left, strict=True))
-        renumbered = any(kept.renumbered for kept in images)
+        renumbered = any(kept.pruned.renumbered for kept in images)
         if renumbered:
             positions = list(range(len(ids)))
         shift = 0 if renumbered else len(whole) - len(ids)
@@ -48,13 +49,13 @@ class Prompt:
 
 def _entries(kept: Kept, placeholder: int, vocabulary: int) -> Iterator[tuple[int, int] | None]:
     """Id and what is read for each entry of what stands for an image; None where a visual token has left."""
-    number = {place: number for number, place in enumerate(kept.index)}
+    number = {place: number for number, place in enumerate(kept.pruned.index)}
     slots, place = kept.slots.tolist(), -1
-    for token in kept.expansion:
+    for token in kept.pruned.expansion:
         place += token == placeholder
         if token != placeholder:
             yield token, token
         elif place in number:
-            yield kept.first + number[place], vocabulary + slots[number[place]]
+            yield vocabulary if number[place] else kept.id, vocabulary + slots[number[place]]
         else:
             yield None

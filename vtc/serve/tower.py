@@ -81,11 +81,9 @@ class Tower:
             self._remember(key, pruned)
 
     def _remember(self, key: Hashable, pruned: Pruned) -> None:
-        tokens = pruned.expansion.count(self.adapter.image_token_id)
-        about = {"expansion": pruned.expansion, "index": pruned.index, "renumbered": pruned.renumbered}
         with self._lock:
             try:
-                kept = self.memory.add(key, pruned.rows, tokens=tokens, **about)
+                kept = self.memory.add(key, pruned)
             except Exception as error:
                 return self._fail(key, error)
             futures = self._waiting.pop(key)
