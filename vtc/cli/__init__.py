@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "scene": pictures.scene,
     "demo": pictures.demo,
     "serve": serving.serve,
+    "load": serving.load,
     "methods": about.methods,
     "tasks": about.tasks,
     "env": about.env,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets
-from vtc.cli.terminal import note, note_one, quiet, status
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, split
+from vtc.cli.terminal import note, note_one, quiet, status, steps
 
 PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")
 Megabytes = Annotated[float, typer.Option(min=0.01, help="Largest request, with its images in base64.")]
@@ -79,3 +82,60 @@ def serve(
         raise OSError(str(error)) from None
     finally:
         server.stop()
+
+
+def load(
+    model: Annotated[
+        str,
+        typer.Option(help="'reference', a model folder, a hub id, or a LLaVA shape of `vtc bench`."),
+    ] = "reference",
+    method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
+    budgets: Annotated[str, typer.Option(help="0.25,0.11 or 25% or 64; the first one also one by one.")] = "0.25,0.11",
+    clients: Annotated[str, typer.Option(help="Closed loop: how many ask at once.")] = "1,4,12",
+    rates: Annotated[str | None, typer.Option(help="Open loop: requests a second that arrive by chance.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of each load, arm and round.")] = 24,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Arms take turns; the table has medians.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of a shape's weights.")] = "float32",
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for load.json and load.png.")] = None,
+) -> None:
+    """Measure served speed: requests a second and seconds to the first token, for clients x budgets.
+
+    In one run: transformers' own server, which answers one by one, with the full model and with the pruned one; and
+    `vtc serve`, unpruned and at each budget. Each request has an image of its own. At the end what a repeated image and
+    a next turn save.
+
+    Examples:
+
+      vtc load --requests 12 --rounds 1
+
+      vtc load --model llava-qwen2-0.5b --clients 1,4,12 --out out/load
+    """
+    spend = parse_budgets(budgets)
+    need(*PACKAGES, extra="serve")
+    check_methods(method)
+    if out:
+        need("matplotlib", extra="eval")
+    from vtc.eval import clients as asking
+    from vtc.eval.arms import Case, arms, shown
+    from vtc.eval.reader import pick_device
+
+    counts, arrivals = tuple(map(int, split(clients))), tuple(map(float, split(rates))) if rates else ()
+    quiet()
+    case = Case(model, method, counts, arrivals, requests, new_tokens, rounds, dtype, pick_device(device))
+    compared = arms(spend)
+    with steps() as step:
+        rows = asking.run(case, compared, step)
+        step("a repeated image")
+        seconds = asking.again(case, compared[-1])
+    title = f"{model}, {method}, {new_tokens} tokens, {case.device}"
+    Console().print(asking.table(rows, title))
+    ratios = ", ".join(f"{name} {seconds[name] / seconds['first']:.2f}" for name in ("again", "next turn"))
+    Console().print(f"seconds to the first token at {shown(spend[-1])}, of those of a new image: {ratios}")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        from vtc.eval.folder import write_json
+
+        write_json(out / "load.json", {"case": asdict(case), "rows": rows, "repeated": seconds})
+        asking.picture(rows, out / "load.png", title)
