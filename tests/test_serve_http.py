@@ -16,6 +16,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
 from serve_fixtures import NEW, QUESTIONS, alone, chat, data_url, get, picture, post, request, serving, soon, tiny
+from test_readme import SERVED, blocks
 
 from vtc.serve.encode import NOTHING
 from vtc.serve.gate import Gate
@@ -290,7 +291,7 @@ def process(tmp_path_factory):
     port, folder = free_port(), tmp_path_factory.mktemp("served")
     for part in tiny():
         part.save_pretrained(folder)
-    given = {"--model": folder, "--name": "tiny", "--port": port, "--max-new-tokens": 1900}
+    given = {"--model": folder, "--name": "tiny", "--port": port, "--max-new-tokens": 300}
     command = [sys.executable, "-m", "vtc.cli", "serve", *(str(x) for pair in given.items() for x in pair)]
     one_core = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_core) as running:
@@ -335,7 +336,7 @@ def test_clients_that_are_killed_give_their_blocks_back(process):
         return float(re.search(r"^vtc_blocks_in_use (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
 
     for stream in (True, False):
-        asked = request(QUESTIONS[0], picture(0), stream=stream) | {"max_tokens": 1900}
+        asked = request(QUESTIONS[0], picture(0), stream=stream) | {"max_tokens": 300}
         with subprocess.Popen(curl, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
             child.stdin.write(json.dumps(asked).encode())
             child.stdin.close()
@@ -344,3 +345,19 @@ def test_clients_that_are_killed_give_their_blocks_back(process):
         assert soon(lambda: blocks() == 0)
     text = client.chat.completions.create(**request(QUESTIONS[1], picture(1))).choices[0].message.content
     assert text == spoken(QUESTIONS[1], QUARTER, picture(1))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_what_pages_say_to_the_server(process, page, tmp_path):
+    """Blocks of Python and lines of curl, with this server's address and model in theirs."""
+    _, url = process
+    picture(0).save(tmp_path / "scene.png")
+    shown = [(kind, block) for kind in ("python", "") for block in blocks(page, kind) if SERVED in block]
+    spoken_to = [(kind, block) for kind, block in shown if kind == "python" or block.startswith("curl")]
+    assert spoken_to
+    for kind, block in spoken_to:
+        here = block.replace(f"http://{SERVED}", url).replace('"reference"', '"tiny"')
+        command = [sys.executable, "-c", here] if kind else ["bash", "-c", here]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "visual_tokens_after" in done.stdout, done.stdout

@@ -130,8 +130,8 @@ def _application(chat: Chat) -> FastAPI:
     async def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:
         return JSONResponse(problem(503, str(error)), 503)
 
-    @app.exception_handler(RuntimeError)
-    async def failed(_: Request, error: RuntimeError) -> JSONResponse:
-        return JSONResponse(problem(500, str(error)), 500)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(problem(500, f"{type(error).__name__}: {error}"), 500)
 
     return app

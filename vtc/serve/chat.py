@@ -75,6 +75,7 @@ class Chat(ChatCompletionHandler):
         self, asked: Asked, ticket: Ticket, config: GenerationConfig, ids: list[int], pictures: list[Picture]
     ) -> StreamingResponse | JSONResponse:
         prompt = await self.reading.prompt(ids, pictures, ticket.spend)
+        self.packed.engine.prompts[ticket] = prompt  # from here on the engine gives its images back
         try:
             self.reading.check_length(prompt.unpruned, config.max_new_tokens)
             ticket.packed, ticket.prompt_tokens = True, prompt.unpruned
@@ -86,10 +87,7 @@ class Chat(ChatCompletionHandler):
                 return self._streamed(ticket, *parts)
             return await self._non_streaming(ticket, *parts)
         except BaseException:
-            if ticket in self.packed.engine.prompts:
-                self.packed.engine.cancel_request(ticket)
-            else:
-                self.reading.release(prompt)
+            self.packed.engine.cancel_request(ticket)
             raise
 
     async def _alone(

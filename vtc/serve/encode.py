@@ -61,9 +61,8 @@ def prune(model: Any, adapter: Adapter, processor: Any, images: Sequence[Image],
     if spend[1] == 0:
         raise Alone("an image of which nothing is left has no place in a packed prompt")
     token = processor.tokenizer.convert_ids_to_tokens(adapter.image_token_id)
-    batch = processor(
-        images=list(images), text=[token] * len(images), add_special_tokens=False, padding=True, return_tensors="pt"
-    )
+    each, text = [[image] for image in images], [token] * len(images)
+    batch = processor(images=each, text=text, add_special_tokens=False, padding=True, return_tensors="pt")
     inputs = dict(batch.to(model.device, dtype=model.dtype))
     decoder: nn.Module = adapter.decoder
     with compressed(model, *spend):

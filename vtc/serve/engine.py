@@ -46,7 +46,6 @@ class Engine(ContinuousBatchingManager):
         self.prompts[request_id] = prompt
         options |= {"record_timestamps": True}
         if super().add_request(prompt.ids, request_id=request_id, **options) is None:
-            del self.prompts[request_id]
             raise CBWorkerDeadError("the engine has stopped")
         return request_id
 

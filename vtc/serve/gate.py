@@ -55,7 +55,7 @@ class Gate:
             return None
         if len(body) > self.limits.body:
             return await self._refuse(send, 413, f"the request has more than {self.limits.body} bytes")
-        whole = asyncio.create_task(self.app(scope, _replay(body), self._counted(send)))
+        whole = asyncio.create_task(self.app(scope, _replay(bytes(body)), self._counted(send)))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -68,9 +68,9 @@ class Gate:
             raise error
         return None
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive) -> bytearray | None:
         """All of it, or a little more than is allowed; None where the client left before it was here."""
-        body = b""
+        body = bytearray()
         while len(body) <= self.limits.body:
             message = await receive()
             if message["type"] == "http.disconnect":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,6 +32,7 @@ class Reading:
         """`context`: tokens of a prompt and its answer."""
         self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
         self.memory: Memory = tower.memory
+        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for the threads that make `inputs`
         self.placeholder: int = tower.adapter.image_token_id
 
     async def pictures(self, asked: Asked) -> list[Picture]:
@@ -60,26 +64,30 @@ class Reading:
 
     async def prompt(self, ids: Sequence[int], pictures: Sequence[Picture], spend: Spend) -> Prompt:
         """Images through the tower, and the prompt around them. Raises Alone, `Full`, ValueError."""
-        jobs = [asyncio.wrap_future(self.tower.submit(image, digest, spend)) for image, digest in pictures]
-        found = await _all(jobs, self.memory)
-        return Prompt.of(ids, self.placeholder, found, self.memory.vocabulary)
+        futures = [self.tower.submit(image, digest, spend) for image, digest in pictures]
+        try:
+            kept = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except BaseException:
+            for future in futures:
+                future.add_done_callback(self._give_back)
+            raise
+        return Prompt.of(ids, self.placeholder, kept, self.memory.vocabulary)
+
+    def _give_back(self, future: Future[Kept]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.memory.release(future.result())
 
     async def inputs(self, text: str, pictures: Sequence[Picture]) -> dict[str, Any]:
         """What `generate` takes, for a request that is alone."""
         images = [image for image, _ in pictures]
-        given = [images] if len(images) > 1 else images or None
+        given, begins = [images] if len(images) > 1 else images or None, self._begins(text)
 
         def made() -> Any:
-            return self.processor(
-                images=given, text=[text], add_special_tokens=self._begins(text), return_tensors="pt"
-            ).to(self.model.device, dtype=self.model.dtype)
+            with self._lock:
+                made = self._beside(images=given, text=[text], add_special_tokens=begins, return_tensors="pt")
+            return made.to(self.model.device, dtype=self.model.dtype)
 
         return dict(await asyncio.to_thread(made))
-
-    def release(self, prompt: Prompt) -> None:
-        """The images of a prompt have one user less."""
-        for kept in prompt.images:
-            self.memory.release(kept)
 
     def check_length(self, tokens: int, new: int) -> None:
         """Raise ValueError for what is too long, with how long that is."""
@@ -95,14 +103,3 @@ class Reading:
         except Alone as error:
             return str(error)
         return None
-
-
-async def _all(jobs: Sequence[asyncio.Future[Kept]], memory: Memory) -> list[Kept]:
-    """All results, or none: what was found for nothing is released."""
-    try:
-        return list(await asyncio.gather(*jobs))
-    except BaseException:
-        for result in await asyncio.gather(*jobs, return_exceptions=True):
-            if isinstance(result, Kept):
-                memory.release(result)
-        raise

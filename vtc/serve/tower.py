@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Hashable, Sequence
@@ -19,7 +20,8 @@ class Tower:
     """Prunes images in a thread of its own: whatever waits with the same method and budget, at once."""
 
     def __init__(self, model: Any, processor: Any, memory: Memory, together: int):
-        self.model, self.processor, self.memory, self.together = model, processor, memory, together
+        self.model, self.memory, self.together = model, memory, together
+        self.processor = copy.deepcopy(processor)  # tokenizers hold settings of the running call: one for each thread
         self.adapter = adapters.find(model)
         self.runs = 0
         """How often images went through the tower."""
@@ -37,12 +39,12 @@ class Tower:
         self._thread.join(timeout=10)
 
     def submit(self, image: Image, digest: bytes, spend: Spend) -> Future[Kept]:
-        """The image in memory, for one more user. Raises Alone at once where this method was found out before."""
-        if spend in self._reasons:
-            raise Alone(self._reasons[spend])
+        """The image in memory, for one more user; or what was in the way."""
         key, future = (digest, spend), Future[Kept]()
         with self._lock:
-            if (kept := self.memory.find(key)) is not None:
+            if spend in self._reasons:
+                future.set_exception(Alone(self._reasons[spend]))
+            elif (kept := self.memory.find(key)) is not None:
                 future.set_result(kept)
             elif key in self._waiting:
                 self._waiting[key].append(future)
