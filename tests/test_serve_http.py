@@ -352,12 +352,11 @@ def test_what_pages_say_to_the_server(process, page, tmp_path):
     """Blocks of Python and lines of curl, with this server's address and model in theirs."""
     _, url = process
     picture(0).save(tmp_path / "scene.png")
-    shown = [(kind, block) for kind in ("python", "") for block in blocks(page, kind) if SERVED in block]
-    spoken_to = [(kind, block) for kind, block in shown if kind == "python" or block.startswith("curl")]
+    spoken_to = [(kind, block) for kind in ("python", "sh") for block in blocks(page, kind) if SERVED in block]
     assert spoken_to
     for kind, block in spoken_to:
         here = block.replace(f"http://{SERVED}", url).replace('"reference"', '"tiny"')
-        command = [sys.executable, "-c", here] if kind else ["bash", "-c", here]
+        command = [sys.executable if kind == "python" else "bash", "-c", here]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "visual_tokens_after" in done.stdout, done.stdout
