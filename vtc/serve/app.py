@@ -72,8 +72,8 @@ class Server:
         memory, self.metrics = Memory(model, sizes.remembered), Metrics()
         self.tower = Tower(model, processor, memory, sizes.tower)
         self.engine = Engine(model, memory, batching(sizes))
-        text = model.config.get_text_config()
-        reading = Reading(model, processor, self.tower, limits, min(sizes.cache, text.max_position_embeddings))
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", sizes.cache)
+        reading = Reading(model, processor, self.tower, limits, min(sizes.cache, longest))
         self.chat = Chat(Models(name), State(Packed(self.engine)), reading, self.metrics)
         self.chat.default = self.spend
         self.app = Gate(_application(self.chat), limits, self.metrics)
