@@ -14,7 +14,7 @@ MODULES = {
     ".".join(("vtc", *path.relative_to(LIBRARY).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in LIBRARY.rglob("*.py")
 }
-CORE = [name for name in MODULES if not name.startswith(("vtc.methods.", "vtc.cli", "vtc.__main__"))]
+CORE = [name for name in MODULES if not name.startswith(("vtc.methods.", "vtc.cli", "vtc.serve", "vtc.__main__"))]
 
 
 def imported(name: str) -> set[str]:
