@@ -207,14 +207,14 @@ class Adapter:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(
-                f"{tokens} visual tokens are not a square grid; {type(self).__name__} must say what they are"
-            )
+            raise ValueError(f"{tokens} visual tokens are not a square grid, and {type(self).__name__} names no other")
         return side, side
 
     def shape(self) -> Shape:
-        heads = self.decoder_attention(self.layers[0]).key_heads
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads)
+        heads, config = self.decoder_attention(self.layers[0]).key_heads, self.decoder.config
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bits = 8 * self.model.dtype.itemsize
+        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads, channels, bits)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:

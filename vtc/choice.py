@@ -48,6 +48,9 @@ class Choice:
     """(images, tokens) float32: how much each one counts in the mean of those that become one; None: as its score."""
     weight: Tensor | None = None
     """(images, tokens) float32: as how many tokens each one counts as a key, in all later layers; None: as one."""
+    bits: Tensor | None = None
+    """(images, tokens), or (images, key_heads, tokens), int64: the bits a number that a cache keeps each token at, of a
+    stage with a `Precision`; 16 and more: as it is. None: all as they are."""
     gate: Tensor | None = None
     """(images, tokens) in (0, 1), in training: nothing leaves, and tokens count, as keys, only so much from here on."""
 
@@ -60,4 +63,6 @@ def by_head(select: Callable[[Tensor, Seen, Tensor], Choice], scores: Tensor, se
     valid, index, number = (x.repeat_interleave(heads, dim=0) for x in (seen.valid, seen.index, keep))
     parts = [grids for grids in seen.parts for _ in range(heads)]
     choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts), number)
+    if choice.bits is not None:
+        return Choice(seen.valid, bits=choice.bits.view(images, heads, -1))
     return Choice(choice.keep.view(images, heads, -1))

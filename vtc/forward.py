@@ -136,10 +136,10 @@ class Forward:
 
     def _stages(self, site: Site) -> list[tuple[int, Stage]]:
         stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
-        return [(number, stage) for number, stage in enumerate(stages) if stage.site == site]
+        return [(number, stage) for number, stage in enumerate(stages) if stage.due == site]
 
-    def _counts(self, number: int) -> list[int]:
-        """How many tokens of each image a stage leaves, of those that came in."""
+    def _counts(self, number: int) -> list[Any]:
+        """How many tokens of each image a stage leaves, of those that came in; whole numbers but for a `Precision`."""
         return [self.compression.keep(image.shown)[number] for image in self.stream.images]
 
     def _run(self, number: int, stage: Stage, hidden: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class Forward:
         return choice, scores
 
     def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
-        scores, stream = None if scores is None else scores.detach(), self.stream
-        self.past.trace.stages.append(
-            StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, choice.into, choice.gate)
-        )
+        scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
+        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
+        what = choice.into, choice.gate, choice.bits, size
+        self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
@@ -199,14 +199,14 @@ class Forward:
         return hidden, {**kwargs, **own}
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
-        """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
+        """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                (columns, source), stays = self.layers[layer], self.stream.stays(chosen[0].keep)
-                lengths = self.stream.lengths_after(self._counts(number))
-                columns = held.evict(self.cache, layer, self.past.layers[layer], columns, stays, lengths)
-                self.layers[layer] = columns, source
+                of = stage.site.layer if isinstance(stage.site, Cache) else layer
+                (now, source), before = self.layers[of], self.past.layers[of]
+                kept = self.stream, chosen[0], self._counts(number), stage.precision
+                self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
