@@ -472,7 +472,30 @@ def _manager(include_path: str | None = None) -> Any:
     from vtc.eval import tasks
 
     folders = [str(tasks.PATH), *([include_path] if include_path else [])]
-    return TaskManager("WARNING", include_path=folders, model_name="vtc")
+    with _yaml_in_c():
+        return TaskManager("WARNING", include_path=folders, model_name="vtc")
+
+
+@contextmanager
+def _yaml_in_c() -> Iterator[None]:
+    """Let `yaml.full_load` parse in C where PyYAML can: lmms-eval reads thousands of files, for seconds otherwise."""
+    import yaml
+
+    if not yaml.__with_libyaml__:
+        yield
+        return
+
+    class Loader(yaml.cyaml.CParser, yaml.FullLoader):  # with the constructors that lmms-eval gives to FullLoader
+        def __init__(self, stream: Any):
+            yaml.cyaml.CParser.__init__(self, stream)
+            yaml.constructor.FullConstructor.__init__(self)
+            yaml.resolver.Resolver.__init__(self)
+
+    slow, yaml.full_load = yaml.full_load, lambda stream: yaml.load(stream, Loader)
+    try:
+        yield
+    finally:
+        yaml.full_load = slow
 
 
 def _import_lmms_eval() -> None:

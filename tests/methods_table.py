@@ -1,5 +1,5 @@
-"""What a new method, or new figures, change: `python tests/methods_table.py` writes vtc/methods/overview.json, the table
-of docs/methods.md, and of its first methods the README's."""
+"""What a new method, or new figures, change: `python tests/methods_table.py` writes vtc/methods/overview.json and the
+tables of methods in docs/methods.md (all) and README.md (the best)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from vtc.cli import about
 from vtc.methods import overview
 
 ROOT = Path(__file__).parents[1]
-BEST = 16
-"""Methods in the README."""
-TABLES = {ROOT / "README.md": BEST, ROOT / "docs" / "methods.md": None}
+PAGES = {ROOT / "README.md": 12, ROOT / "docs" / "methods.md": None}
+"""How many methods each one shows."""
 MARKED = re.compile(r"(<!-- methods: .* -->\n)(.*)(<!-- end of methods -->)", re.DOTALL)
 
 
@@ -28,7 +27,7 @@ def written() -> str:
 
 def main() -> None:
     overview.FILE.write_text(written())
-    for page, best in TABLES.items():
+    for page, best in PAGES.items():
         table = about.methods_table(best)
         page.write_text(MARKED.sub(lambda found, table=table: found[1] + table + found[3], page.read_text()))
 
