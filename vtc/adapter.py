@@ -80,8 +80,7 @@ class Adapter:
 
     def window(self, layer: HfModule) -> int | None:
         """How many positions back a decoder layer sees; None where it sees all."""
-        attention = layer.self_attn
-        return getattr(attention, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
+        return getattr(layer.self_attn, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
 
     def branches(self, layer: HfModule) -> dict[str, HfModule]:
         """The modules of one decoder layer whose outputs are what goes into and comes out of its two residual branches.
@@ -213,14 +212,13 @@ class Adapter:
     def shape(self) -> Shape:
         heads, config = self.decoder_attention(self.layers[0]).key_heads, self.decoder.config
         channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bits = 8 * self.model.dtype.itemsize
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads, channels, bits)
+        layers, blocks, bits = len(self.layers), len(self.tower_blocks()), 8 * self.model.dtype.itemsize
+        return Shape(layers, blocks, self.has_cls(), heads, channels, bits)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
     """Class decorator: serve `adapter.model_types`."""
-    for model_type in adapter.model_types:
-        ADAPTERS[model_type] = adapter
+    ADAPTERS.update(dict.fromkeys(adapter.model_types, adapter))
     return adapter
 
 
