@@ -207,9 +207,7 @@ class Adapter:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(
-                f"{tokens} visual tokens are not a square grid; {type(self).__name__} must say what they are"
-            )
+            raise ValueError(f"{tokens} visual tokens are not a square grid, and {type(self).__name__} names no other")
         return side, side
 
     def shape(self) -> Shape:

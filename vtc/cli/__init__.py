@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, choosing, fitting, pictures, speed, training, tuning
+from vtc.cli import about, accuracy, choosing, fitting, pictures, serving, speed, training, tuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +45,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ask": pictures.ask,
     "scene": pictures.scene,
     "demo": pictures.demo,
+    "serve": serving.serve,
+    "load": serving.load,
     "methods": about.methods,
     "tasks": about.tasks,
     "env": about.env,
