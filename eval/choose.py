@@ -192,6 +192,8 @@ def find_images(where: Path, bar: bool = False) -> tuple[list[Path], list[str]]:
     Each is opened, so that a broken one is known before any work is done. Raises ValueError for a folder without
     images, and for files that cannot be read, all by name.
     """
+    if not where.is_dir():
+        raise ValueError(f"no such folder of images: {where}")
     files = sorted(path for path in where.iterdir() if path.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {where}")

@@ -98,9 +98,7 @@ def evaluate(
     benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
     reader = shared.reader if shared else load(path, device, settings.max_new_tokens, settings.dtype)
-    methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
-    digests = folder.method_digests(reader.model, methods, settings.budgets)
-    config = folder.configuration(settings, path, device, digests)
+    config = configuration(settings, reader)
     if dry_run:
         folder.check(out, config, restart)
         plan(reader, settings, benchmark.example("test", settings.seed, 0))
@@ -140,6 +138,13 @@ def evaluate(
         report.picture(priced, out / "bytes.png", title.format(len(examples)), per="bytes")
     folder.write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
+
+
+def configuration(settings: Settings, reader: Reader) -> dict[str, Any]:
+    """All that the run's answers depend on."""
+    methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
+    digests = folder.method_digests(reader.model, methods, settings.budgets)
+    return folder.configuration(settings, model_path(settings.model), pick_device(settings.device), digests)
 
 
 def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:

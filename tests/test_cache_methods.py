@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import oracle
 import pytest
+import test_cache_site as site
 import torch
 from models import FAMILIES, batch, continued, llava, prompt, rows, visual
 from test_cache_site import GREEDY, PLAIN, WINDOWED, expected_logits, hidden
@@ -123,11 +124,12 @@ def blurred(method, scores):
     return result
 
 
-@pytest.mark.parametrize(("seed", "pad"), [(0, "left"), (1, "right")])
-@pytest.mark.parametrize("name", SCORED)
-def test_scores_are_those_of_loops(model, eager, name, seed, pad):
+@pytest.mark.parametrize(
+    ("name", "pad"), [*((name, "left") for name in SCORED), *((name, "right") for name in EACH_KIND)]
+)
+def test_scores_are_those_of_loops(model, eager, name, pad):
     """Of each image of a padded batch: all scores of a middle layer, and what each head keeps by them."""
-    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=seed), SCORED[name]
+    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=len(name)), SCORED[name]
     with vtc.compressed(model, method, 7) as trace, torch.no_grad():
         model(**inputs)
     mask = inputs["attention_mask"]
@@ -186,7 +188,7 @@ def test_guesses_do_not_look(model):
     """In assisted generation what is guessed stands behind the question in one forward, and is no part of it."""
     inputs = prompt(model)
     inputs["input_ids"][0, -6:-3] = inputs["input_ids"][0, -3:]
-    for name in EACH_KIND:
+    for name in (*EACH_KIND, "laq"):
         vtc.wrap(model, METHODS[name], 0.3)
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         scores = model.vtc.trace.scores(3)[0]
@@ -264,6 +266,22 @@ def test_nothing_is_said_behind_the_end_of_an_answer(model, monkeypatch):
 def test_looking_ahead_needs_a_head_and_all_tokens_up_to_the_end(model):
     with pytest.raises(ValueError, match="no head to say them with"):
         vtc.wrap(model.base_model, "laq", 0.5)
+    vtc.wrap(model, "fastv+laq", 0.5)
+    with pytest.raises(ValueError, match="tokens have left the cache of decoder layer 0"):
+        model(**prompt(model))
+
+
+def test_behind_a_method_that_drops_before_the_decoder_all_is_the_same(model):
+    for method in ("vtc-cls+laq", "vtc-cls+caote", "vtc-cls+h2o"):
+        assert_evicting_is_masking(model, method, prompt(model, (2, 0, 1)))
+
+
+def test_a_map_shows_what_any_head_holds(model):
+    with vtc.compressed(model, SnapKV(), 7) as trace, torch.no_grad():
+        model(**prompt(model, (2,)))
+    for image, (shown,) in enumerate(trace.maps(2)):
+        held = {index - 36 * image for head in trace.held(2)[0].tolist() for index in head if index // 36 == image}
+        assert {*shown.flatten().nonzero()[:, 0].tolist()} == held
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -321,8 +339,10 @@ def assert_evicting_is_masking(model, method, inputs, budget=0.3, **options):
     out = model.generate(**inputs, **GREEDY | options)
     trace = model.vtc.trace
     vtc.unwrap(model)
-    new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    expected = expected_logits(model, trace.held, inputs, new)
+    start = inputs["input_ids"].shape[1]
+    full = continued(model, inputs, out.sequences[:, start:-1])
+    with hidden(model, [(0, trace.alive), (start, trace.held)], inputs, full), torch.no_grad():
+        expected = model(**full, use_cache=False).logits[:, start - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=1e-4, rtol=1e-4)
     assert (trace.held_per_layer[0] < trace.tokens_per_layer[0]).all()
 
@@ -346,7 +366,7 @@ def test_evicting_is_masking_over_a_long_answer(model):
     assert_evicting_is_masking(model, SnapKV(), prompt(model, (1, 1)), max_new_tokens=60)
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@pytest.mark.parametrize("name", [*EACH_KIND, "laq"])
 def test_a_right_padded_row_is_that_of_a_single_run(model, name):
     """What is held of it, and a token that is decoded after it."""
     parts, step = rows(model, (1, 2, 1)), torch.tensor([[7]])
@@ -395,7 +415,13 @@ def test_what_is_evicted_is_gone_from_memory(model, name):
     assert model.vtc.trace.average_tokens.tolist() == [18.0]
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@pytest.mark.parametrize("name", ["caote", "laq"])
+def test_a_next_turn_with_a_second_image_and_a_copied_cache(model, name, monkeypatch):
+    monkeypatch.setitem(site.METHODS, name, METHODS[name])
+    site.test_a_next_turn_with_a_second_image_and_a_copied_cache(model, name)
+
+
+@pytest.mark.parametrize("name", [*EACH_KIND, "laq"])
 def test_beams(model, name):
     """The scores of beams are those of their own tokens one after the other."""
     inputs = prompt(model, (1,))

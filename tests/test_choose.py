@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import read_lines, run_vtc, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image
 
 import vtc
@@ -269,15 +269,15 @@ def test_eval_runs_a_file_at_its_own_budget(tmp_path, tiny):  # noqa: F811
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-def choose_on(photos, tiny, out, *more):  # noqa: F811
+def choose_on(photos, tiny, out, *more, run=run_vtc):  # noqa: F811
     asked = ("--methods", "uniform,random", "--budgets", "1.0,0.5", "--max-new-tokens", 2, "--device", "cpu")
-    return run_vtc("choose", "--model", tiny, "--images", photos, "--out", out, *asked, *more)
+    return run("choose", "--model", tiny, "--images", photos, "--out", out, *asked, *more)
 
 
 @pytest.fixture(scope="module")
 def chosen(photos, tiny, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("choose") / "out"
-    done = choose_on(photos, tiny, out, "--agree", 0.5)
+    done = choose_on(photos, tiny, out, "--agree", 0.5, run=start_vtc)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -335,7 +335,7 @@ def test_nothing_to_prune_is_a_file_that_prunes_nothing(photos, tiny, tmp_path):
         (["--agree", "1"], 1, "error: an agreement of 1 cannot be promised"),
         (["--methods", "fast"], 1, "unknown method 'fast'"),
         (["--questions", "none.txt"], 1, "no such file of questions"),
-        (["--images", "nowhere"], 2, "does not exist"),
+        (["--images", "nowhere"], 1, "no such folder of images: nowhere"),
         (["--model", "./nothing"], 1, "is not a model folder"),
     ],
 )
@@ -372,3 +372,28 @@ def test_a_file_with_a_budget_is_no_candidate(tiny, tmp_path):  # noqa: F811
     vtc.Uniform().to_json(tmp_path / "choice.json", 0.25)
     with pytest.raises(ValueError, match=r"choice\.json names a budget"):
         choose.working(load(str(tiny), "cpu"), [str(tmp_path / "choice.json")], [0.5])
+
+
+def test_ask_runs_a_file_at_its_own_budget(photos, tiny, tmp_path):  # noqa: F811
+    vtc.Uniform().to_json(tmp_path / "choice.json", 0.5)
+    asked = ("ask", photos / "00.png", "what", "--model", tiny, "--method", tmp_path / "choice.json")
+    assert "8 of 16 visual tokens" in run_vtc(*asked, "--max-new-tokens", 2).stderr
+    assert "4 of 16 visual tokens" in run_vtc(*asked, "--max-new-tokens", 2, "--budget", 4).stderr
+
+
+def test_the_demo_opens_with_a_file(tmp_path):
+    page = pytest.importorskip("vtc.demo.page")
+    from vtc.demo import link
+    from vtc.demo.inspector import Inspector
+    from vtc.eval.reader import model_path
+
+    vtc.FastV(layer=3, ratio=0.75).to_json(tmp_path / "choice.json", 72, {"agree": 0.98})
+    inspector = Inspector(load(model_path("reference"), "cpu"), "reference")
+    first = link.chosen(str(tmp_path / "choice.json"), inspector.tokens)
+    opened = page.Page(inspector, first)
+    assert (opened.method.value, opened.budget.value) == ("fastv", 50)
+    assert {name: box.value for name, box in opened.fields["fastv"].items()} == {"layer": 3, "ratio": 0.75}
+    assert opened.groups["fastv"].visible
+    assert not opened.groups["vtc-cls"].visible
+    with pytest.raises(ValueError, match="the page has single methods"):
+        link.chosen("vtc-cls+fastv", inspector.tokens)

@@ -67,10 +67,8 @@ class Adapter:
 
     def placeholders(self) -> dict[str, int]:
         """The token that stands for visual tokens in a prompt, by modality: "image", and "video" where there is one."""
-        found = {"image": self.image_token_id}
-        if hasattr(self.backbone, "get_video_features"):
-            found["video"] = self.model.config.video_token_id
-        return found
+        films = hasattr(self.backbone, "get_video_features")
+        return {"image": self.image_token_id} | ({"video": self.model.config.video_token_id} if films else {})
 
     def decoder_attention(self, layer: HfModule) -> Attention:
         """The attention parts of one decoder layer."""
@@ -96,6 +94,10 @@ class Adapter:
             names = "input_layernorm self_attn post_attention_layernorm mlp"
         labels = ("attention in", "attention out", "feed-forward in", "feed-forward out")
         return {label: getattr(layer, name) for label, name in zip(labels, names.split(), strict=True)}
+
+    def rotary_tables(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (batch or 1, length, head_dim) of decoder layer 0, for positions (..., batch, length)."""
+        return self.decoder.rotary_emb(hidden, positions)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of (batch, heads, length, head_dim) by (batch, length, head_dim), half-split convention."""
@@ -205,9 +207,7 @@ class Adapter:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(
-                f"{tokens} visual tokens are not a square grid; {type(self).__name__} must say what they are"
-            )
+            raise ValueError(f"{tokens} visual tokens are not a square grid, and {type(self).__name__} names no other")
         return side, side
 
     def shape(self) -> Shape:

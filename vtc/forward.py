@@ -104,6 +104,10 @@ class Forward:
         kwargs, self.call.late = adapter.late_features(kwargs)
         self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.device)
         embeds = kwargs["inputs_embeds"]
+        needs = [need for _, stage in self._stages(0) for need in stage.needs]
+        if not all(need.tower for need in needs):
+            self.tables[0] = adapter.rotary_tables(embeds, self.past.positions(kwargs))
+            self._observe(needs, embeds)
         for number, stage in self._stages(0):
             embeds = self._run(number, stage, embeds)
         self.entry = self.stream
@@ -119,11 +123,7 @@ class Forward:
 
     def _positions(self, kwargs: dict[str, Any], entered: Stream) -> Tensor:
         """(..., batch, length): the positions of what is left; the original ones, unless a stage renumbers."""
-        positions, shift = kwargs.get("position_ids"), self.past.shift
-        if positions is None:
-            positions = torch.arange(entered.length, device=kwargs["inputs_embeds"].device)[None] + self.past.seen
-        if shift is not None:
-            positions = positions - shift
+        positions, shift = self.past.positions(kwargs), self.past.shift
         if any(stage.contiguous for _, stage in self._stages(0)):
             if positions.ndim == 3:
                 raise ValueError("positions in time, height and width cannot be renumbered: keep the original ones")
@@ -166,7 +166,7 @@ class Forward:
         with clock.timed("score", device):
             scores = stage.score(seen)
         with clock.timed("select", device):
-            choice = by_head(stage.select, scores, seen, torch.tensor(counts, device=device))
+            choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
         self._note(stage, choice, scores)
         return choice, scores
 
@@ -178,7 +178,6 @@ class Forward:
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled layers compute; what happens between them is no part of their graphs
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The whole story of a decoder layer: observe, let the stages choose, and hand on what the layer reads."""
         tables, late = kwargs["position_embeddings"], self.call.late
@@ -199,7 +198,6 @@ class Forward:
         own = {"attention_mask": mask, "position_embeddings": self.tables[layer], "position_ids": None}
         return hidden, {**kwargs, **own}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):

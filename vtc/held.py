@@ -51,8 +51,8 @@ class Held:
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
     def check(self, shown: Tensor) -> None:
-        """Raise ValueError where a mask `shown` (batch, seen) bool hides tokens that a pruned cache holds, and that
-        were not hidden when they went in. That waits for the device."""
+        """Raise ValueError where a mask `shown` (batch, seen) bool hides what was not hidden when it went into
+        a pruned cache, which holds it still. That waits for the device."""
         if not self.pruned or shown.shape[1] != self.seen:
             return
         for columns in {id(columns): columns for columns in self.layers}.values():
@@ -87,6 +87,13 @@ class Held:
         """Of other rows of the batch."""
         shift = None if self.shift is None else self.shift[index.to(self.shift.device)]
         return replace(self, layers=self._each(lambda columns: columns.rows(index)), shift=shift)
+
+    def positions(self, kwargs: dict[str, Any]) -> Tensor:
+        """(..., batch or 1, length): where a text model that is called with `kwargs` would put its tokens."""
+        if (positions := kwargs.get("position_ids")) is None:
+            embeds = kwargs["inputs_embeds"]
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.seen
+        return positions if self.shift is None else positions - self.shift
 
     def attach(self, cache: Any) -> None:
         """Leave the state on the cache, for the next call."""

@@ -137,7 +137,8 @@ class Stream:
         """What a choice, by which `counts` tokens of each image stay, leaves of the stream and of its states
         (batch, length, width)."""
         if choice.into is not None:
-            absorb = partial(merge.absorb, into=choice.into, weights=scores)
+            mass = scores if choice.mass is None else choice.mass
+            absorb = partial(merge.absorb, into=choice.into, weights=mass)
             hidden = compact.change(hidden, self.row, self.position, self.valid, absorb)
         weighed = self if choice.weight is None else self.weighed(choice.weight)
         left, index = weighed.dropped(choice.keep, counts)

@@ -92,9 +92,9 @@ class Trace:
         )
 
     def maps(self, stage: int = -1) -> list[list[Tensor]]:
-        """For each image its grids (tiles, frames) as (height, width) bool: the tokens left after a stage."""
+        """For each image its grids (tiles, frames) as (height, width) bool: the tokens that a stage left any head."""
         record, result = self.stages[stage], []
-        mask = (record.kept & record.valid).cpu()
+        mask = ((record.kept.any(1) if record.kept.ndim == 3 else record.kept) & record.valid).cpu()
         for parts, entered, kept in zip(self.parts, record.entered.cpu(), mask, strict=True):
             sizes = [height * width for height, width in parts]
             left = torch.zeros(sum(sizes), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""`vtc eval`, `faithfulness` and `layers`: what fewer visual tokens cost in accuracy, and why."""
+"""`vtc eval`, `compare` and `faithfulness`: what is lost in answers."""
 
 from __future__ import annotations
 
@@ -176,6 +176,27 @@ def _show(task: str, rows: list[Row], where: Path) -> None:
     console.print(*mis.shown(where), f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
 
 
+def compare(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `vtc eval` got as --out.")],
+    method: Annotated[str, typer.Argument(help="One of its methods, as it was named there.")],
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare one method of a run with each other one and the full model: paired differences, question by question.
+
+    Writes compare.json to the folder.
+
+    Example:
+
+      vtc compare out/eval vtc-cls
+    """
+    from vtc.eval import paired
+    from vtc.eval.folder import write_json
+
+    rows = paired.compare(folder, method, seed)
+    write_json(folder / "compare.json", rows)
+    Console().print(paired.table(rows))
+
+
 def faithfulness(
     model: Model = "reference",
     methods: Annotated[
@@ -213,36 +234,3 @@ def faithfulness(
     out.mkdir(parents=True, exist_ok=True)
     folder.write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))
-
-
-def layers(
-    model: Model = "reference",
-    left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
-    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
-) -> None:
-    """Draw which decoder layers read the image: what is lost when it leaves before each of them.
-
-    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
-
-    Example:
-
-      vtc layers --limit 200 --out out/layers
-    """
-    need("matplotlib", "sklearn", extra="eval")
-    quiet()
-    from vtc.eval import folder, scenes
-    from vtc.eval import layers as probe
-    from vtc.eval.reader import load, model_path, pick_device
-
-    say(f"loading {model}")
-    reader = load(model_path(model), pick_device(device))
-    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
-    folder.write_json(out / "layers.json", asked | {"rows": rows})
-    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
-    Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")

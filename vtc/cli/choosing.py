@@ -8,50 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, split
 from vtc.cli.terminal import note, note_one, quiet, say
 
 
-def tune(
-    context: typer.Context,
-    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
-    model: Model = "reference",
-    images: Annotated[
-        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
-    ] = "scenes",
-    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
-    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
-    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
-    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
-) -> None:
-    """Find a method's hyper-parameters for a model and a budget, without labels.
-
-    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
-
-    Example:
-
-      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
-    """
-    spend = parse_budget(budget)
-    check_methods(method)
-    need("optuna", "scipy", extra="tune")
-    if images == "scenes":
-        refuse(context, "question", why="scenes bring their own; name a folder with --images")
-        need("sklearn", extra="eval")
-    note_one([spend])
-    quiet()
-    from vtc.eval import tune as tuning
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
-    best, similarity, defaults = tuning.tune(search, out)
-    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
-
-
 def choose(
-    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="A folder of your images, copies aside.")],
+    images: Annotated[Path, typer.Option(help="A folder of your images; copies of a file count once.")],
     model: Model = "reference",
     questions: Annotated[
         Path | None,
@@ -112,3 +74,58 @@ def choose(
     for sentence in choosing.sentences(verdict, agree):
         console.print(sentence, markup=False, highlight=False)
     console.print(str(out / "choice.json"), markup=False, highlight=False)
+
+
+def table(
+    models: Annotated[
+        str, typer.Option("--models", "--model", help="Comma-separated: 'reference', folders, Hugging Face ids.")
+    ] = "reference",
+    benchmarks: Annotated[str, typer.Option(help="Comma-separated: scenes, pages.")] = "scenes,pages",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; unless given all that drop before the first word of an answer.")
+    ] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
+    ] = "0.5,0.25,0.11,0.05",
+    limit: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    against: Annotated[str, typer.Option(help="The method that paired intervals compare all others with.")] = "random",
+    bench: Annotated[
+        str, typer.Option(help="Comma-separated JSON files of `vtc bench` or `vtc selection`: what choosing costs.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the table and its pieces; the same command goes on with it.")
+    ] = Path("out/table"),
+) -> None:
+    """Compare all methods: benchmarks by budgets by models, with paired intervals, ranks and costs.
+
+    Writes table.json, table.md and density.png to --out, and for each piece (model, benchmark, method) a folder as of
+    `vtc eval`. A second process with the same --out takes the pieces that the first one is not at.
+
+    Examples:
+
+      vtc table --limit 20 --methods tome,uniform,random --out out/try
+
+      for core in 1 2; do OMP_NUM_THREADS=1 vtc table --out out/table & done; wait; vtc table --out out/table
+    """
+    chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
+    check_methods(*(chosen or ()), against)
+    need("matplotlib", "sklearn", "scipy", extra="eval")
+    note_one(spend)
+    quiet()
+    from vtc.eval import density, folder, standings
+    from vtc.eval import table as tables
+
+    costs = standings.shares([Path(name) for name in split(bench)]) if bench else {}
+    asked = tables.Settings(split(models), split(benchmarks), chosen, spend, limit, seed, batch_size, device)
+    found, elsewhere = tables.evaluate(asked, out, bar=True)
+    if elsewhere:
+        note(f"{elsewhere} pieces are with another process: the table is without them, run this again when it is done")
+    names = list(chosen or tables.comparable())
+    standing, means = standings.stand(found, names, against, seed, costs)
+    folder.write_json(out / "table.json", standing)
+    (out / "table.md").write_text(text := standings.markdown(standing, means, seed), encoding="utf-8")
+    density.picture(means, list(standing["ranks"][standings.ALL]["mean_rank"]), against, out / "density.png")
+    typer.echo(text + f"{out}: table.json, table.md, density.png")

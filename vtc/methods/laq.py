@@ -119,13 +119,12 @@ class LookAhead(Need):
         for window in self.windows:
             row = view.stream.rows[window] if window is not self.windows[-1] else window.row(record, view)
             keep = by_head(select.top_k, pooled(row, seen, self.kernel, "max"), seen, number).keep
-            pair, past = view.cached(window.layer), view.past[window.layer]
+            (keys, values), past = view.cached(window.layer), view.past[window.layer]
             stays, lengths = view.stream.stays(keep), view.stream.lengths_after(counts)
             columns, index = past.then(view.stream.columns).staying(past, stays, lengths)
             if columns.weight is not None:
                 raise ValueError("this method cannot look ahead over merged tokens that count several times")
-            keys, values = (gather_heads(x, index) for x in pair)
-            cache.update(keys, values, window.layer)
+            cache.update(gather_heads(keys, index), gather_heads(values, index), window.layer)
         return cache, self._prompt(view, columns.by_head(1).place[:, 0])
 
     def _prompt(self, view: View, place: Tensor) -> Tensor:
