@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import folder, measure, mis, published, report, run
+from vtc.eval import folder, measure, memory, mis, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
@@ -368,6 +368,7 @@ def _write(
     ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
+    memory.mark(rows)
     for row, results, asked in zip(rows, found, samples, strict=True):
         row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
     where.mkdir(parents=True, exist_ok=True)
