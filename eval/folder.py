@@ -152,7 +152,8 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
+    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions")
+    harness = (*harness, "suites", "suite_model", "arguments")
     files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "mis")}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import benchmarks, folder, mis, progress, report
+from vtc.adapter import find
+from vtc.eval import benchmarks, folder, memory, mis, progress, report
 from vtc.eval.folder import Store
+from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
 from vtc.methods.compose import with_budget
@@ -48,6 +50,7 @@ class Settings:
     suffix: str = ""
     device: str = "auto"
     benchmark: str = "scenes"
+    dtype: str = "auto"
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Arm:
     budget: int | float
     spend: int | float
     reachable: bool = True
+    after_prefill: bool = False
+    """Whether nothing leaves before the first token is there."""
 
     def key(self, question_id: str) -> str:
         return folder.key(self.method, self.budget, question_id)
@@ -80,11 +85,13 @@ def evaluate(
     dry_run: bool = False,
     bar: bool = False,
     shared: Shared | None = None,
+    per: str = "tokens",
 ) -> list[Row]:
     """Run what is missing of `settings` in the folder `out`, write the summaries, the configuration and the pictures.
 
     With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
     question. With `bar` stderr shows how far it is. `shared` stands for what would be loaded by `settings`.
+    `per` "bytes" also writes bytes.json, the rows with their bytes, and bytes.png: the same runs over another axis.
 
     Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
     folder that holds another run.
@@ -92,7 +99,7 @@ def evaluate(
     _check(settings)
     benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
-    reader = shared.reader if shared else load(path, device, settings.max_new_tokens)
+    reader = shared.reader if shared else load(path, device, settings.max_new_tokens, settings.dtype)
     config = configuration(settings, reader)
     if dry_run:
         folder.check(out, config, restart)
@@ -115,14 +122,22 @@ def evaluate(
     for arm in arms:
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
-    rows = report.summarise([group for group in groups if group[0] != mis.SWAPPED], settings.seed)
-    needing = mis.needing(groups, settings.seed)
+    rows, needing = (
+        report.summarise([g for g in groups if g[0] != mis.SWAPPED], settings.seed),
+        mis.needing(groups, settings.seed),
+    )
+    memory.mark([*rows, *needing["rows"]], {arm.method: arm.after_prefill for arm in arms})
     folder.write_json(out / "needs-image.json", needing)
-    title = f"{settings.model}: accuracy over {{}} questions of {settings.benchmark}"
+    measure = getattr(benchmark, "MEASURE", "accuracy")
+    title = f"{settings.model}: {measure} over {{}} questions of {settings.benchmark}"
     report.picture(rows, out / "curve.png", title.format(len(examples)))
     if needing["rows"]:
         few = f"{title} that need the image".format(needing["needing"])
         report.picture(needing["rows"], out / "needs-image.png", few)
+    if per == "bytes":
+        priced = memory.priced(rows, groups)
+        folder.write_json(out / "bytes.json", priced)
+        report.picture(priced, out / "bytes.png", title.format(len(examples)), per="bytes")
     folder.write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
 
@@ -143,7 +158,8 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
             _check_smaller(reader, inputs)
         for budget in budgets_of(method, settings.budgets):
             arms.append(Arm(method, budget, budget))
-            list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
+            for arm, *_ in _reached(reader, arms[-1], [example], inputs, settings.suffix):
+                arms[-1].after_prefill = arm.after_prefill
     return arms
 
 
@@ -176,11 +192,11 @@ def _run_batch(
 
 def _reached(
     reader: Reader, arm: Arm, batch: list[Example], inputs: dict[str, Tensor], suffix: str
-) -> Iterator[tuple[Arm, Example, str, float]]:
-    """Each question with its prediction and its visual tokens, and the arm as it was run: at the image's floor where
-    the budget is out of reach, which depends on the image's size."""
+) -> Iterator[tuple[Arm, Example, str, Spent]]:
+    """Each question with its prediction and what its visual tokens cost, and the arm as it was run: at the image's
+    floor where the budget is out of reach, which depends on the image's size."""
     try:
-        predictions, counts = _answer(reader, arm, inputs)
+        predictions, costs = _answer(reader, arm, inputs)
     except vtc.BudgetError as error:
         sizes = reader.visual_tokens(inputs).tolist()
         if len(set(sizes)) == 1:
@@ -190,17 +206,17 @@ def _reached(
             alike = [example for example, tokens in zip(batch, sizes, strict=True) if tokens == size]
             yield from _reached(reader, arm, alike, _inputs(reader, alike, suffix), suffix)
         return
-    for example, prediction, count in zip(batch, predictions, counts, strict=True):
-        yield arm, example, prediction, count
+    for example, prediction, cost in zip(batch, predictions, costs, strict=True):
+        yield arm, example, prediction, cost
 
 
 def _inputs(reader: Reader, batch: list[Example], suffix: str) -> dict[str, Tensor]:
     return reader.inputs([example.image for example in batch], [example.question + suffix for example in batch])
 
 
-def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line]) -> Iterator[Line]:
+def _lines(answers: Iterator[tuple[Arm, Example, str, Spent]], store: Store[Line]) -> Iterator[Line]:
     full = Arm("full", 1.0, 1.0)
-    for arm, example, prediction, count in answers:
+    for arm, example, prediction, cost in answers:
         reference = prediction if arm.method == "full" else store.lines[full.key(example.question_id)]["prediction"]
         yield {
             "question_id": example.question_id,
@@ -208,28 +224,34 @@ def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line
             "density": example.density,
             "method": arm.method,
             "budget": arm.budget,
-            "tokens": count,
+            "tokens": cost.tokens,
             "at_floor": not arm.reachable,
             "prediction": prediction,
             "answer": example.answer,
-            "correct": report.is_correct(prediction, example.answer),
+            "correct": example.correct(prediction),
             "agrees": report.is_correct(prediction, reference),
+            "held": cost.held,
+            "read": cost.read,
+            "peak": cost.peak,
         }
 
 
 def _answer(
     reader: Reader, arm: Arm, inputs: dict[str, Tensor], max_new_tokens: int | None = None
-) -> tuple[list[str], list[float]]:
-    """Predictions and measured visual tokens (layer average) of a batch of prompts with one image each."""
+) -> tuple[list[str], list[Spent]]:
+    """Predictions and what the visual tokens cost, measured, of a batch of prompts with one image each."""
+    each = find(reader.model).shape().token_bytes
     if arm.method in ("full", mis.SWAPPED):
-        return reader.answers(inputs, max_new_tokens), reader.visual_tokens(inputs).float().tolist()
+        costs = [Spent.alike(count, each) for count in reader.visual_tokens(inputs).float().tolist()]
+        return reader.answers(inputs, max_new_tokens), costs
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)
-        return reader.answers(small, max_new_tokens), [tokens] * len(small["input_ids"])
+        return reader.answers(small, max_new_tokens), [Spent.alike(tokens, each)] * len(small["input_ids"])
     method = BLIND if arm.method == "blind" else arm.method
     with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
-        return predictions, trace.average_tokens.tolist()
+        arm.after_prefill = bool(trace.stages) and all(isinstance(stage.site, vtc.Cache) for stage in trace.stages)
+        return predictions, Spent.of(trace, each)
 
 
 def _shrink(reader: Reader, inputs: dict[str, Tensor], budget: int | float) -> tuple[dict[str, Any], float]:

@@ -53,12 +53,12 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
         raise ValueError(f"{search.method} declares nothing to tune")
     reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
     space = searched(reader, start)
-    batches = _batches(reader, search)
-    full = [_last_states(reader, batch) for batch in batches]
+    asked = batches(reader, search)
+    full = [last_states(reader, batch) for batch in asked]
 
     def similarity(method: vtc.Method) -> float:
         with vtc.compressed(reader.model, method, search.budget):
-            pruned = [_last_states(reader, batch) for batch in batches]
+            pruned = [last_states(reader, batch) for batch in asked]
         return torch.cosine_similarity(torch.cat(pruned), torch.cat(full)).mean().item()
 
     def objective(trial: optuna.Trial) -> float:
@@ -107,7 +107,8 @@ def _refused(reader: Reader, method: vtc.Method, name: str, value: float) -> str
         return str(error)
 
 
-def _batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
+def batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
+    """What a search asks the model."""
     images, questions = _scenes(search) if search.images == "scenes" else _folder(search)
     step = search.batch_size
     return [reader.inputs(images[n : n + step], questions[n : n + step]) for n in range(0, len(images), step)]
@@ -132,6 +133,6 @@ def _folder(search: Search) -> tuple[list, Sequence[str]]:
 
 
 @torch.inference_mode()
-def _last_states(reader: Reader, inputs: dict[str, Tensor]) -> Tensor:
+def last_states(reader: Reader, inputs: dict[str, Tensor]) -> Tensor:
     """The final hidden state of each prompt's last token: (batch, width) float32."""
     return reader.model.base_model(**inputs).last_hidden_state[:, -1].float()

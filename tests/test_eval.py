@@ -27,7 +27,7 @@ from vtc.eval.rows import Line, Row
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
-LINE |= {"density"}
+LINE |= {"density", "held", "read", "peak"}
 
 
 # -- scoring and statistics -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import FAMILIES, IMAGE, batch, prompt, rows
 from table import METHODS
-from transformers import DynamicCache, TextStreamer
+from transformers import CompileConfig, DynamicCache, TextStreamer
 from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -237,6 +237,37 @@ def test_compiled_parts_answer_the_same(setting, part):
     assert torch.equal(compiled.generate(**inputs, **few), expected)
     vtc.unwrap(compiled)
     assert torch.equal(compiled.generate(**inputs, **few), bare)
+
+
+@pytest.mark.parametrize("setting", [None, "vtc-cls", "fastv-early"])
+def test_decoding_is_compiled_once(llava, setting, monkeypatch):
+    """Nothing of a call is baked into the graphs: later steps and later prompts find them as they are."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    graphs, compiled = [], copy.deepcopy(llava)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    options = {"do_sample": False, "cache_implementation": "static", "compile_config": config}
+    if setting is None:
+        vtc.wrap(compiled, "uniform", 1.0)
+    else:
+        vtc.wrap(compiled, *METHODS[setting])
+    first, second = prompt(llava, (1,)), prompt(llava, (1,), seed=1)
+    expected = [compiled.generate(**inputs, do_sample=False, max_new_tokens=9) for inputs in (first, second)]
+    with pytest.warns(UserWarning, match="several graphs"):
+        compiled.generate(**first, **options, max_new_tokens=4, max_length=None)
+    before = len(graphs)
+    assert before > 0
+    got = [compiled.generate(**inputs, **options, max_new_tokens=9) for inputs in (first, second)]
+    assert all(map(torch.equal, got, expected))
+    again = len(graphs)
+    compiled.generate(**first, **options, max_new_tokens=9)
+    assert len(graphs) == again
+    torch.compiler.reset()
 
 
 def test_what_torch_compile_returns_is_refused(llava):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import vtc.select as select
 from vtc.choice import Choice, Seen
 from vtc.need import Need
+from vtc.precision import Precision
 
 Budget = int | float
 """Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""
@@ -44,6 +45,15 @@ class Shape:
     """Whether the vision tower has a CLS token beside the patches."""
     key_heads: int = 1
     """Heads of keys and values in a decoder layer."""
+    head_dim: int = 128
+    """Channels of each."""
+    bits: int = 16
+    """Of a number that the model computes with."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in the caches of all decoder layers."""
+        return self.decoder_layers * 2 * self.key_heads * self.head_dim * self.bits // 8
 
     def layers(self, chosen: tuple[int, ...] | None, *paper: int, of: int) -> tuple[int, ...]:
         """The decoder layers that a method prunes before: `chosen`, or without a choice its paper's.
@@ -74,6 +84,8 @@ class Cache:
     """
 
     layer: int
+    after: int | None = field(default=None, compare=False)
+    """The later decoder layer that has to have run, too, before this one's cache is looked at."""
 
 
 Site = int | Cache
@@ -99,6 +111,15 @@ class Stage:
     select: Select = field(default=select.top_k)
     contiguous: bool = False
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
+    precision: Precision | None = None
+    """At a cache: its tokens stay, at fewer bits, and `select` is asked for what is worth as much as `keep` tokens."""
+
+    @property
+    def due(self) -> Site:
+        """Where it is run: at its site, or behind a later decoder layer."""
+        if isinstance(self.site, Cache) and self.site.after is not None:
+            return Cache(self.site.after)
+        return self.site
 
 
 @dataclass(frozen=True)

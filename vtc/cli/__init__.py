@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, choosing, pictures, speed, training
+from vtc.cli import about, accuracy, choosing, fitting, pictures, serving, speed, training, tuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,11 +31,13 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that vtc sh
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "eval": accuracy.evaluate,
+    "compare": accuracy.compare,
     "faithfulness": accuracy.faithfulness,
-    "tune": choosing.tune,
+    "tune": tuning.tune,
+    "fit": fitting.fit,
     "choose": choosing.choose,
     "table": choosing.table,
-    "layers": accuracy.layers,
+    "layers": tuning.layers,
     "bench": speed.bench,
     "selection": speed.selection,
     "peers": speed.peers,
@@ -43,6 +45,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ask": pictures.ask,
     "scene": pictures.scene,
     "demo": pictures.demo,
+    "serve": serving.serve,
+    "load": serving.load,
     "methods": about.methods,
     "tasks": about.tasks,
     "env": about.env,

@@ -1,7 +1,8 @@
-"""`vtc eval`, `faithfulness` and `layers`: what fewer visual tokens cost in accuracy, and why."""
+"""`vtc eval`, `compare` and `faithfulness`: what is lost in answers."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,13 @@ from vtc.cli.terminal import note_above, note_one, quiet, say
 
 if TYPE_CHECKING:
     from vtc.eval.rows import Row
+
+
+def _per(axis: str) -> str:
+    if axis not in ("tokens", "bytes"):
+        raise typer.BadParameter(f"{axis!r} is neither tokens nor bytes")
+    return axis
+
 
 REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
 
@@ -32,7 +40,10 @@ def evaluate(
     ] = "0.5,0.25,0.11",
     benchmark: Annotated[
         str,
-        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+        typer.Option(
+            help="scenes, a few small things on a photograph; captions, all of them listed; or pages, full of words, "
+            "digits and shapes."
+        ),
     ] = "scenes",
     tasks: Annotated[
         str,
@@ -55,12 +66,21 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; unless given 8, for captions 48.")
+    ] = None,
     suffix: Annotated[
         str,
         typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise."),
     ] = "",
     device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32; bytes depend on it. auto is the checkpoint's own.")
+    ] = "auto",
+    per: Annotated[
+        str,
+        typer.Option(callback=_per, help="bytes: draw accuracy against those of the cache, too, the peak beside."),
+    ] = "tokens",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
     dry_run: Annotated[
         bool,
@@ -92,9 +112,10 @@ def evaluate(
     chosen, spend = split(methods), parse_budgets(budgets)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if tasks:
-        refuse(context, "suffix", "max_new_tokens", "by_task", "benchmark", why="for scenes and pages, not for --tasks")
+        chosen_here = ("suffix", "max_new_tokens", "by_task", "benchmark", "dtype", "per")
+        refuse(context, *chosen_here, why="for vtc's own benchmarks, not for --tasks")
     else:
-        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes and pages")
+        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for vtc's own benchmarks")
     if dry_run:
         refuse(context, "by_task", why="a dry run counts nothing")
     if several and ":" in device:
@@ -105,7 +126,7 @@ def evaluate(
     if several and not tasks:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
     quiet()
-    from vtc.eval import mis, report, run, suites
+    from vtc.eval import benchmarks, memory, mis, report, run, suites
 
     console = Console()
     if tasks:
@@ -115,16 +136,31 @@ def evaluate(
         if dry_run:
             console.print(REHEARSED)
         return
+    longest = getattr(benchmarks.find(benchmark), "LONGEST", 8)
     settings = run.Settings(
-        model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device, benchmark
+        model,
+        chosen,
+        spend,
+        limit or 1000,
+        seed,
+        batch_size,
+        max_new_tokens or longest,
+        suffix,
+        device,
+        benchmark,
+        dtype,
     )
     say(f"loading {model}")
-    rows = run.evaluate(settings, out, restart, dry_run, bar=True)
+    rows = run.evaluate(settings, out, restart, dry_run, bar=True, per=per)
     if dry_run:
         console.print(REHEARSED)
         return
     note_above(spend, next(row["tokens"] for row in rows if row["method"] == "full"))
     console.print(report.table(rows))
+    if per == "bytes":
+        console.print(
+            memory.table(json.loads((out / "bytes.json").read_text())), f"{escape(str(out))}: bytes.png, bytes.json"
+        )
     if by_task:
         console.print(report.task_table(rows))
     console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
@@ -138,6 +174,27 @@ def _show(task: str, rows: list[Row], where: Path) -> None:
     if figures := published.table(task, rows):
         console.print(figures)
     console.print(*mis.shown(where), f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+
+
+def compare(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `vtc eval` got as --out.")],
+    method: Annotated[str, typer.Argument(help="One of its methods, as it was named there.")],
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare one method of a run with each other one and the full model: paired differences, question by question.
+
+    Writes compare.json to the folder.
+
+    Example:
+
+      vtc compare out/eval vtc-cls
+    """
+    from vtc.eval import paired
+    from vtc.eval.folder import write_json
+
+    rows = paired.compare(folder, method, seed)
+    write_json(folder / "compare.json", rows)
+    Console().print(paired.table(rows))
 
 
 def faithfulness(
@@ -177,36 +234,3 @@ def faithfulness(
     out.mkdir(parents=True, exist_ok=True)
     folder.write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))
-
-
-def layers(
-    model: Model = "reference",
-    left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
-    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
-) -> None:
-    """Draw which decoder layers read the image: what is lost when it leaves before each of them.
-
-    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
-
-    Example:
-
-      vtc layers --limit 200 --out out/layers
-    """
-    need("matplotlib", "sklearn", extra="eval")
-    quiet()
-    from vtc.eval import folder, scenes
-    from vtc.eval import layers as probe
-    from vtc.eval.reader import load, model_path, pick_device
-
-    say(f"loading {model}")
-    reader = load(model_path(model), pick_device(device))
-    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
-    folder.write_json(out / "layers.json", asked | {"rows": rows})
-    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
-    Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")

@@ -128,8 +128,8 @@ class Chain(Method):
         if budget is None or (tokens is None and isinstance(budget, int)):
             return type(self)(*(method.bind(model, budget, tokens) for method in self.methods), split=self.split)
         shape = adapters.find(model).shape()
-        entering = tokens or 1 << 20  # where images differ in size, one so large that nothing is rounded
-        kept, bound = list(counts(self, entering, budget, shape)), []
+        size = tokens or 1 << 20  # where images differ in size, one so large that nothing is rounded
+        entering, kept, bound = float(size), list(counts(self, size, budget, shape)), []
         for method in self.methods:
             sites = [stage.site for stage in method.stages(shape)]
             own, kept = kept[: len(sites)], kept[len(sites) :]

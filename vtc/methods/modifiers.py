@@ -10,11 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vtc.adapter import Adapter
 from vtc.choice import Seen
 from vtc.grids import cells
 from vtc.need import Need
-from vtc.observe import LastTokenRow, TextRow, Tower
+from vtc.observe import DecoderRow, PatchStates, Tower
 from vtc.stage import Budget, Method, Shape, Stage
 
 
@@ -109,16 +108,11 @@ class Sinks(Modifier):
 
 
 @dataclass(frozen=True)
-class PatchNorm(Need):
+class PatchNorm(PatchStates):
     """The Euclidean norm of each patch's state after a tower's block: (crops, 1, patches)."""
 
-    tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return {"states": adapter.tower_blocks()[self.layer]}
-
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        return tower.adapter.patches(record["states"], tower.call).float().norm(dim=-1)[:, None]
+        return super().row(record, tower).norm(dim=1, keepdim=True)
 
 
 # -- recency ----------------------------------------------------------------------------------------------------------
@@ -134,8 +128,8 @@ class Debias(Modifier):
     for LLaVA-1.5-7B range from 0.70 to 1.52 by benchmark and method, FastV's being 0.91 (figures and formula from notes
     on the paper; the released code multiplies by weights that are stored for each benchmark).
 
-    Divided are the rows of `LastTokenRow` and `TextRow`, before a method scores by them, in all its stages; the
-    released code debiases the first of PyramidDrop's only. Left out: the paper's second part, which drops the
+    Divided are the rows of every `DecoderRow`, before a method scores by them, in all its stages; the released code
+    debiases the first of PyramidDrop's only. Left out: the paper's second part, which drops the
     attention on padding around an image: here a processor's padding is not told from the image.
     """
 
@@ -166,7 +160,7 @@ class Debias(Modifier):
 
 
 def _rows(stage: Stage) -> list[Need]:
-    return [need for need in stage.needs if isinstance(need, LastTokenRow | TextRow)]
+    return [need for need in stage.needs if isinstance(need, DecoderRow)]
 
 
 def fit_recency(attention: Tensor) -> float:

@@ -58,10 +58,12 @@ def where(stages: tuple[Stage, ...]) -> str:
     layers = [stage.site for stage in stages if isinstance(stage.site, int)]
     caches = {stage.site for stage in stages} - {*layers}
     inside = ", ".join(str(layer) for layer in layers if layer)
+    if len(layers) > 3 and layers == [*range(layers[0], layers[-1] + 1)]:
+        inside = f"{layers[0]} to {layers[-1]}"
     tower = any(need.changes for stage in stages for need in stage.needs)
     parts = ["inside the vision tower" if tower else "before the decoder"] if 0 in layers else []
     if inside:
-        parts.append(f"layer{'s' * (',' in inside)} {inside} of {DEPTH}")
+        parts.append(f"layer{'s' * (len(inside.split()) > 1)} {inside} of {DEPTH}")
     if caches:
         parts.append("the cache of each layer" if len(caches) == DEPTH else f"the cache of {len(caches)} layers")
     return "; ".join(parts)

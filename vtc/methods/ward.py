@@ -30,28 +30,51 @@ def ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
 ENTRIES = 2**25
 """Costs that are held at once, where more than one image is clustered."""
 ROUNDS = 4
-"""Rounds between two looks at whether enough is joined: each makes the host wait for the device."""
+"""Rounds between two looks at how many groups are left: each makes the host wait for the device."""
 
 
 def _ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-    (images, tokens), device = valid.shape, valid.device
-    place = torch.arange(tokens + 1, device=device).expand(images, -1)  # the last one stands for no pair
-    cost, size = _costs(states, valid), torch.ones(place.shape, device=device)
-    into, left, half = place, valid.sum(1), (tokens // 2 + 1) // 2
-    for done in range(tokens):
-        if done % ROUNDS == 0 and not bool((left > count.clamp(min=1)).any()):
-            break
-        nearest = cost.argmin(2)
-        price = cost.gather(2, nearest[..., None])[..., 0]
-        first = (nearest.gather(1, nearest) == place) & (place < nearest) & price.isfinite()
-        price, pair = price.masked_fill(~first, torch.inf).sort(dim=1, stable=True)
-        number = torch.minimum((first.sum(1) + 1) // 2, (left - count.clamp(min=1)).clamp(min=0))
-        joins = place[:, :half] < number[:, None]
-        a = pair[:, :half].where(joins, tokens)
-        b = nearest.gather(1, a).where(joins, tokens)
-        size = _join(cost, size, a, b, price[:, :half].where(joins, 0))
-        into, left = place.scatter(1, b, a).gather(1, into), left - number
+    """The same for images that are clustered together.
+
+    `cost`, `size` and `first` (its first token) are of the groups that were left at the last look, and of one more at
+    the end that stands for no group.
+    """
+    token = torch.arange(valid.shape[1] + 1, device=valid.device).expand(len(valid), -1)
+    into, left, least = token, valid.sum(1), count.clamp(min=1)
+    cost, size, first = _costs(states, valid), torch.nn.functional.pad(valid.float(), (0, 1), value=1), token
+    for done in range(valid.shape[1]):
+        if done % ROUNDS == 0:
+            most, more = torch.stack((left.max(), (left > least).any())).tolist()
+            if not more:
+                break
+            cost, size, first = _packed(cost, size, first, most)
+        a, b, price, number = _pairs(cost, (left - least).clamp(min=0))
+        size = _join(cost, size, a, b, price)
+        into, left = token.scatter(1, first.gather(1, b), first.gather(1, a)).gather(1, into), left - number
     return into[:, :-1].where(valid, -1)
+
+
+def _packed(cost: Tensor, size: Tensor, first: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Without the groups that have joined others, of which no image has more than `most` left."""
+    none = size.shape[1] - 1
+    if most == none:
+        return cost, size, first
+    order = (size[:, :-1] == 0).long().argsort(dim=1, stable=True)[:, :most]
+    order = torch.nn.functional.pad(order, (0, 1), value=none)
+    return gather(gather(cost, order).transpose(1, 2), order), size.gather(1, order), first.gather(1, order)
+
+
+def _pairs(cost: Tensor, excess: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pairs of a round, `excess` (images,) at most: groups a and b, what joining them costs, and how many."""
+    place = torch.arange(cost.shape[1], device=cost.device).expand(cost.shape[:2])
+    none = cost.shape[1] - 1
+    (price, nearest), half = cost.min(2), (none // 2 + 1) // 2
+    leads = (nearest.gather(1, nearest) == place) & (place < nearest) & price.isfinite()
+    price, a = price.masked_fill(~leads, torch.inf).sort(dim=1, stable=True)
+    number = torch.minimum((leads.sum(1) + 1) // 2, excess)
+    joins = place[:, :half] < number[:, None]
+    a = a[:, :half].where(joins, none)
+    return a, nearest.gather(1, a).where(joins, none), price[:, :half].where(joins, 0), number
 
 
 def _costs(states: Tensor, valid: Tensor) -> Tensor:
@@ -82,4 +105,6 @@ def _join(cost: Tensor, size: Tensor, a: Tensor, b: Tensor, price: Tensor) -> Te
     cost.scatter_(1, wide, rows).scatter_(2, wide.transpose(1, 2), rows.transpose(1, 2))
     gone = b[..., None].expand_as(rows)
     cost.scatter_(1, gone, torch.inf).scatter_(2, gone.transpose(1, 2), torch.inf)
-    return size.scatter(1, a, (size_a + size_b).where(a < cost.shape[1] - 1, 1))
+    size = size.scatter(1, b, 0).scatter(1, a, size_a + size_b)
+    size[:, -1] = 1
+    return size

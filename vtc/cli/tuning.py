@@ -1,0 +1,84 @@
+"""`vtc tune` and `layers`: what suits a model, found without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, refuse
+from vtc.cli.terminal import note_one, quiet, say
+
+
+def tune(
+    context: typer.Context,
+    method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
+    model: Model = "reference",
+    images: Annotated[
+        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
+    ] = "scenes",
+    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
+    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
+    trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
+) -> None:
+    """Find a method's hyper-parameters for a model and a budget, without labels.
+
+    Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
+
+    Example:
+
+      vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
+    """
+    spend = parse_budget(budget)
+    check_methods(method)
+    need("optuna", "scipy", extra="tune")
+    if images == "scenes":
+        refuse(context, "question", why="scenes bring their own; name a folder with --images")
+        need("sklearn", extra="eval")
+    note_one([spend])
+    quiet()
+    from vtc.eval import tune as tuning
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
+    best, similarity, defaults = tuning.tune(search, out)
+    typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
+
+
+def layers(
+    model: Model = "reference",
+    left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
+) -> None:
+    """Draw which decoder layers read the image: what is lost when it leaves before each of them.
+
+    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
+
+    Example:
+
+      vtc layers --limit 200 --out out/layers
+    """
+    need("matplotlib", "sklearn", extra="eval")
+    quiet()
+    from vtc.eval import folder, scenes
+    from vtc.eval import layers as probe
+    from vtc.eval.reader import load, model_path, pick_device
+
+    say(f"loading {model}")
+    reader = load(model_path(model), pick_device(device))
+    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
+    folder.write_json(out / "layers.json", asked | {"rows": rows})
+    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
+    Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")
