@@ -97,8 +97,8 @@ def _typed(method: type[Method]) -> dict[str, tuple[Any, Any]]:
 def _required(kind: Any) -> Any:
     if get_origin(kind) not in (Union, UnionType):
         return kind
-    (only,) = (choice for choice in get_args(kind) if choice is not NoneType)
-    return only
+    choices = [choice for choice in get_args(kind) if choice is not NoneType]
+    return choices[0] if len(choices) == 1 else kind
 
 
 def _notes(method: type[Method]) -> dict[str, str]:

@@ -5,6 +5,7 @@ python -m vtc.eval.promise out/eval --agree 0.9 --images 300 --trials 200
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vtc.eval import choose, folder, progress
+from vtc.eval import choose, progress
 from vtc.eval.choose import FULL, Candidate
 from vtc.eval.mis import SWAPPED
 from vtc.eval.rows import Line
@@ -22,17 +23,19 @@ Agreements = Mapping[Candidate, np.ndarray]
 """(questions,) bool of each candidate: whether it answers as the full model does."""
 
 
-def agreements(where: Path) -> dict[Candidate, np.ndarray]:
-    """Of a folder that `vtc eval` wrote; without arms that ran at a method's floor."""
+def agreements(*runs: Path) -> dict[Candidate, np.ndarray]:
+    """Of folders that `vtc eval` wrote for one model and benchmark, over the questions that all arms have so far;
+    without arms that ran at a method's floor. Nothing is written there."""
     arms: dict[Candidate, dict[str, Line]] = {}
-    store: folder.Store[Line] = folder.Store(where / "results.jsonl")
-    for line in store.lines.values():
-        arms.setdefault(Candidate(line["method"], line["budget"]), {})[line["question_id"]] = line
+    for run in runs:
+        text = (run / "results.jsonl").read_text(encoding="utf-8")
+        for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
+            arms.setdefault(Candidate(line["method"], line["budget"]), {})[line["question_id"]] = line
     for arm in list(arms):
         if arm.method in ("full", "blind", SWAPPED, SMALLER) or any(x["at_floor"] for x in arms[arm].values()):
             del arms[arm]
-    asked = sorted(set.intersection(*(set(lines) for lines in arms.values())))
-    return {arm: np.array([lines[name]["agrees"] for name in asked]) for arm, lines in arms.items()}
+    asked = sorted(set.intersection(*map(set, arms.values())))
+    return {arm: np.array([lines[name]["agrees"] for name in asked], bool) for arm, lines in arms.items()}
 
 
 def simulate(
@@ -77,21 +80,19 @@ def decide(found: Agreements, drawn: np.ndarray, promise: float, seed: int) -> C
 
 
 def main(
-    where: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The --out of `vtc eval`.")],
+    runs: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="The --out of runs of `vtc eval`.")],
     agree: Annotated[str, typer.Option(help="Promises, comma-separated.")] = "0.98,0.95,0.9,0.85",
+    methods: Annotated[str, typer.Option(help="Comma-separated; unless given all that were run.")] = "",
     images: Annotated[int, typer.Option(min=1, help="In a set.")] = 300,
     trials: Annotated[int, typer.Option(min=1, help="Sets.")] = 200,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the sets.")] = 0,
 ) -> None:
-    """Try the promise of `vtc choose`; writes promise.json beside what it reads."""
-    found = agreements(where)
-    rows = [
-        {"agree": promise, "images": images, "trials": trials, **simulate(found, promise, images, trials, seed, True)}
-        for promise in map(float, agree.split(","))
-    ]
-    folder.write_json(where / "promise.json", rows)
-    for row in rows:
-        print(", ".join(f"{name} {value:g}" for name, value in row.items()))
+    """Try the promise of `vtc choose`; prints JSON, a line a promise."""
+    chosen = methods.split(",") if methods else None
+    found = {arm: x for arm, x in agreements(*runs).items() if chosen is None or arm.method in chosen}
+    for promise in map(float, agree.split(",")):
+        asked = {"agree": promise, "images": images, "of": len(next(iter(found.values()))), "trials": trials}
+        print(json.dumps(asked | simulate(found, promise, images, trials, seed, bar=True)))
 
 
 if __name__ == "__main__":

@@ -397,3 +397,12 @@ def test_the_demo_opens_with_a_file(tmp_path):
     assert not opened.groups["vtc-cls"].visible
     with pytest.raises(ValueError, match="the page has single methods"):
         link.chosen("vtc-cls+fastv", inspector.tokens)
+
+
+def test_a_server_runs_a_file_at_its_own_budget(tiny, tmp_path):  # noqa: F811
+    app = pytest.importorskip("vtc.serve.app")
+    vtc.Uniform().to_json(file := tmp_path / "choice.json", 0.5)
+    reader = load(str(tiny), "cpu")
+    assert app.Server(reader.model, reader.processor, "tiny", str(file)).spends == [(str(file), 0.5)]
+    assert app.Server(reader.model, reader.processor, "tiny", str(file), (4,)).spends == [(str(file), 4)]
+    assert app.Server(reader.model, reader.processor, "tiny", "uniform").spends == [("uniform", 0.25)]

@@ -21,7 +21,10 @@ def serve(
     method: Annotated[
         str, typer.Option(help="Of requests that name none; `vtc methods` lists them. 'none': all visual tokens.")
     ] = "vtc-cls",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "0.25",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="0.25, 25% or 64 (tokens per image); unless given what a JSON file says, or 0.25."),
+    ] = None,
     adapt: Annotated[
         str | None, typer.Option(help="Budgets instead of one: the more requests wait, the later in the list.")
     ] = None,
@@ -52,11 +55,11 @@ def serve(
 
       vtc serve --model llava-hf/llava-1.5-7b-hf --adapt 0.5,0.25,0.11 --waiting 32
     """
-    budgets = parse_budgets(adapt or budget)
+    budgets = parse_budgets(adapt or budget or "") if adapt or budget else None
     need(*PACKAGES, extra="serve")
     if method != "none":
         check_methods(method)
-    note_one(budgets)
+    note_one(budgets or ())
     from vtc.eval.reader import load, model_path, pick_device
 
     path = model_path(model)

@@ -53,7 +53,7 @@ class Server:
         processor: Any,
         name: str,
         method: str | Method | None = "vtc-cls",
-        budgets: Sequence[Budget | None] = (0.25,),
+        budgets: Sequence[Budget | None] | None = None,
         limits: Limits | None = None,
         sizes: Sizes | None = None,
     ):
@@ -61,14 +61,18 @@ class Server:
 
         Args:
             method: of requests that name none; None: all visual tokens stay.
-            budgets: of those requests; with several, later ones as more requests wait.
+            budgets: of those requests; with several, later ones as more requests wait. None: what the method's JSON
+                file says, or a quarter.
 
         Raises ValueError for a method, or BudgetError for a budget, that cannot be on this model.
         """
         limits, sizes = limits or Limits(), sizes or Sizes()
-        self.spends: list[Spend] = [NOTHING] if method is None else [(method, budget) for budget in budgets]
+        if method is not None and budgets is None:
+            own = with_budget(method)[1]
+            budgets = (0.25 if own is None else own,)
+        self.spends: list[Spend] = [NOTHING] if method is None else [(method, budget) for budget in budgets or ()]
         for method, budget in self.spends:
-            Compression(model, find_method(method), budget)
+            Compression(model, with_budget(method)[0], budget)
         memory, self.metrics = Memory(model, sizes.remembered), Metrics()
         self.tower = Tower(model, processor, memory, sizes.tower)
         self.engine = Engine(model, memory, batching(sizes))
