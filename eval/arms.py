@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,7 +70,7 @@ def servers(case: Case, compared: Sequence[Arm]) -> Iterator[dict[Arm, str]]:
             with socket.socket() as one:
                 one.bind(("127.0.0.1", 0))
                 port = one.getsockname()[1]
-            running.append(context.Process(target=_packed if kind is None else _sequential, args=(case, kind, port)))
+            running.append(context.Process(target=_serve, args=(case, kind, port), daemon=True))
             running[-1].start()
             found[kind] = f"http://127.0.0.1:{port}"
             _wait(running[-1], found[kind])
@@ -91,7 +93,13 @@ def _wait(process: Any, url: str) -> None:
     raise RuntimeError(f"a server of this comparison ended with exit code {process.exitcode}")
 
 
-def _packed(case: Case, _: None, port: int) -> None:
+def _serve(case: Case, arm: Arm | None, port: int) -> None:
+    """A server until it is told to end; None: vtc's."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # tidily, where the default leaves semaphores behind
+    _packed(case, port) if arm is None else _sequential(case, arm, port)
+
+
+def _packed(case: Case, port: int) -> None:
     """`vtc serve`."""
     import asyncio
 
@@ -101,7 +109,10 @@ def _packed(case: Case, _: None, port: int) -> None:
     model, processor = material(case)
     server = Server(model, processor, NAME, method=None, limits=Limits(waiting=4096, new_tokens=case.new_tokens))
     server.start()
-    asyncio.run(server.serve("127.0.0.1", port))
+    try:
+        asyncio.run(server.serve("127.0.0.1", port))
+    finally:
+        server.stop()
 
 
 def _sequential(case: Case, arm: Arm, port: int) -> None:

@@ -79,9 +79,8 @@ def test_ratios_are_to_the_first_arm_at_the_same_load():
         samples = [Sample(0.1, 0.2, 4)] * 2
         return {"arm": arm, "clients": count, "round": number, **clients.summary(samples, 2 / rate)}
 
-    rows = [
-        row(arm, count, n, rate * count) for arm, rate in (("a", 2.0), ("b", 3.0)) for count in (1, 4) for n in (0, 1)
-    ]
+    loads = [(count, number) for count in (1, 4) for number in (0, 1)]
+    rows = [row(arm, count, number, rate * count) for arm, rate in (("a", 2.0), ("b", 3.0)) for count, number in loads]
     assert [(x["arm"], x["clients"], x["ratio"]) for x in clients.medians(rows)] == [
         ("a", 1, 1.0), ("a", 4, 1.0), ("b", 1, 1.5), ("b", 4, 1.5)
     ]  # fmt: skip
