@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,18 +94,18 @@ def _wait(process: Any, url: str) -> None:
 
 def _serve(case: Case, arm: Arm | None, port: int) -> None:
     """A server until it is told to end; None: vtc's."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # tidily, where the default leaves semaphores behind
-    _packed(case, port) if arm is None else _sequential(case, arm, port)
+    model, processor = material(case)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends by it, and would then die of it
+    _packed(case, model, processor, port) if arm is None else _sequential(case, arm, model, processor, port)
 
 
-def _packed(case: Case, port: int) -> None:
+def _packed(case: Case, model: Any, processor: Any, port: int) -> None:
     """`vtc serve`."""
     import asyncio
 
     from vtc.serve.app import Server
     from vtc.serve.limits import Limits
 
-    model, processor = material(case)
     server = Server(model, processor, NAME, method=None, limits=Limits(waiting=4096, new_tokens=case.new_tokens))
     server.start()
     try:
@@ -115,7 +114,7 @@ def _packed(case: Case, port: int) -> None:
         server.stop()
 
 
-def _sequential(case: Case, arm: Arm, port: int) -> None:
+def _sequential(case: Case, arm: Arm, model: Any, processor: Any, port: int) -> None:
     """What `transformers serve` runs, around a model that is wrapped where the arm has a budget."""
     import uvicorn
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -125,7 +124,6 @@ def _sequential(case: Case, arm: Arm, port: int) -> None:
 
     import vtc
 
-    model, processor = material(case)
     if arm.budget is not None:
         vtc.wrap(model, case.method, arm.budget)
 
@@ -149,6 +147,7 @@ def material(case: Case) -> tuple[Any, Any]:
     from vtc.eval.reader import load, model_path
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     if case.model not in shapes.SHAPES:
         reader = load(model_path(case.model), case.device)
