@@ -40,7 +40,7 @@ class Line(Asked):
     agrees: bool
     """Whether the full model says the same."""
     held: NotRequired[float]
-    """Of runs on benchmarks of vtc's own: bytes of the image's keys and values that the caches of all layers hold after the prefill."""
+    """Bytes of the image's keys and values that all layers hold after the prefill, on benchmarks of vtc's own."""
     read: NotRequired[float]
     """Bytes of them that a decoded token reads: those held, and of packed ones also what they are unpacked to."""
     peak: NotRequired[float]
