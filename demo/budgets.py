@@ -45,7 +45,9 @@ def note(adapter: Adapter, method: Method, percent: int, offered: list[int]) -> 
     if offered != list(range(offered[0], 101)):
         return f"{said} {method.name} is trained for {', '.join(map(str, offered[:-1]))} %."
     if offered[0] > 1:
-        return f"{said} {method.name} reaches down to {offered[0]} %: its first layers read everything."
+        packs = any(stage.precision for stage in method.stages(adapter.shape()))
+        why = "it drops no token, and keeps some at fewer bits" if packs else "its first layers read everything"
+        return f"{said} {method.name} reaches down to {offered[0]} %: {why}."
     return said
 
 

@@ -39,11 +39,11 @@ class Line(Asked):
     """False or true, or what a benchmark gave the question, 0 to 1; None where it gives single questions nothing."""
     agrees: bool
     """Whether the full model says the same."""
-    held: float
-    """Bytes of the image's keys and values that the caches of all layers hold after the prefill."""
-    read: float
+    held: NotRequired[float]
+    """Bytes of the image's keys and values that all layers hold after the prefill, on benchmarks of vtc's own."""
+    read: NotRequired[float]
     """Bytes of them that a decoded token reads: those held, and of packed ones also what they are unpacked to."""
-    peak: float
+    peak: NotRequired[float]
     """The most bytes of them at once, during the prefill."""
     density: NotRequired[float]
     """Bits that the image shows a patch, where a benchmark of vtc's own knows it."""

@@ -13,6 +13,7 @@ from test_cache_site import GREEDY
 
 import vtc
 from vtc.budget import counts
+from vtc.demo import budgets
 from vtc.eval import captions, memory, pareto, report, run, scenes
 from vtc.methods.compose import with_budget
 
@@ -162,6 +163,14 @@ def test_the_reference_model_lists_what_it_sees():
         blind = sum(example.correct(said) for example, said in zip(examples, reader.answers(inputs), strict=True)) / 6
     assert full > 0.75
     assert blind < 0.25
+
+
+def test_the_demo_says_why_a_budget_has_a_floor(model):
+    adapter, method = vtc.adapter.find(model), vtc.list_methods()["bits"]()
+    offered = budgets.reachable(adapter, method)
+    assert offered[0] == 15  # 5.6 of 36 tokens, less the half that budgets are met to
+    said = budgets.note(adapter, method, 50, offered)
+    assert "reaches down to 15 %: it drops no token, and keeps some at fewer bits" in said
 
 
 # -- the Pareto ---------------------------------------------------------------------------------------------------
