@@ -221,7 +221,8 @@ def picture(rows: list[Row], path: Path, title: str, published: Sequence[tuple[s
     order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
     for method, points in _curves(rows).items():
         i = order.index(method)  # a method's colour does not depend on how it did
-        _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # a colour that comes again has another marker
+        _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], marker)
     for name, row in named.items():
         above = name == "full"
         value, low, high = shown(row)
