@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 
 from vtc.demo.inspector import Inspector
+from vtc.demo.link import chosen
 from vtc.demo.page import build
 from vtc.eval.images import MAX_BYTES
 from vtc.eval.reader import Reader
@@ -21,9 +22,15 @@ M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 
 
-def serve(reader: Reader, name: str, host: str | None = None, port: int | None = None) -> tuple[gr.Blocks, str]:
-    """Start the server in threads of its own: the page and its address. Raises OSError where the port is taken."""
-    page = build(Inspector(reader, name)).queue(max_size=WAITING, default_concurrency_limit=4)
+def serve(
+    reader: Reader, name: str, host: str | None = None, port: int | None = None, method: str = "vtc-cls"
+) -> tuple[gr.Blocks, str]:
+    """Start the server in threads of its own: the page, which opens with `method`, and its address.
+
+    Raises OSError where the port is taken, and as `link.chosen`.
+    """
+    inspector = Inspector(reader, name)
+    page = build(inspector, chosen(method, inspector.tokens)).queue(max_size=WAITING, default_concurrency_limit=4)
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -41,13 +48,15 @@ def serve(reader: Reader, name: str, host: str | None = None, port: int | None =
     return page, address
 
 
-def launch(reader: Reader, name: str, host: str | None = None, port: int | None = None) -> None:
+def launch(
+    reader: Reader, name: str, host: str | None = None, port: int | None = None, method: str = "vtc-cls"
+) -> None:
     """Serve the page until it is stopped: on 127.0.0.1 unless `host` or GRADIO_SERVER_NAME says otherwise.
 
-    Raises OSError where the port is taken.
+    `method` is what it opens with. Raises as `serve`.
     """
     _give_pictures_back()
-    page, address = serve(reader, name, host, port)
+    page, address = serve(reader, name, host, port, method)
     print(f"vtc inspector: {address} (Ctrl-C stops it)", flush=True)
     page.block_thread()
 

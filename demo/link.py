@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlencode
 
 import vtc
 from vtc.demo import examples, settings
 from vtc.eval.scenes import Example
+from vtc.methods.compose import with_budget
 from vtc.stage import Budget
 
 LONGEST = 300
@@ -28,6 +29,20 @@ class State:
     percent: float | None = None
     values: dict[str, Any] = field(default_factory=dict)
     """The method's hyper-parameters as its input fields take them."""
+
+
+def chosen(name: str, tokens: int) -> State:
+    """The state of a page that opens with a method, its JSON file's settings and budget, or a quarter of the `tokens`.
+
+    Raises ValueError and OSError as `vtc.find_method` does, and ValueError for what is none of the page's methods.
+    """
+    method, budget = with_budget(name)
+    if vtc.list_methods().get(method.name) is not type(method):
+        raise ValueError(f"the page has single methods of {', '.join(vtc.list_methods())}, not {name}")
+    share = 0.25 if budget is None else budget / tokens if isinstance(budget, int) else budget
+    values = {entry.name: getattr(method, entry.name) for entry in fields(method)}
+    given = {key: value for key, value in values.items() if value is not None}
+    return State(method=method.name, percent=max(1, round(100 * min(1.0, share))), values=given)
 
 
 def query(

@@ -26,7 +26,8 @@ except ImportError:
 
 HERE = Path(__file__).parent
 SCRIPTS = ("board.js", "compare.js", "hand.js", "take.js", "viewer.js")
-FIRST = "vtc-cls"
+FIRST = link.State(method="vtc-cls", percent=25)
+"""How the page opens, unless a link or whoever serves it says otherwise."""
 CHOOSE = """element.addEventListener("click", (event) => {
     const chosen = event.target.closest("button");
     if (chosen) trigger("select", { number: Number(chosen.dataset.number) });
@@ -41,16 +42,16 @@ PRESS = """() => { if (new URLSearchParams(location.search).has("scene")) setTim
 HERE_NOW = """element.querySelector(".origin").textContent = location.origin + location.pathname;"""
 
 
-def build(inspector: Inspector) -> gr.Blocks:
-    """The page, without a server."""
-    return Page(inspector).blocks
+def build(inspector: Inspector, first: link.State = FIRST) -> gr.Blocks:
+    """The page, without a server; `first` is the method, budget and settings that it opens with."""
+    return Page(inspector, first).blocks
 
 
 class Page:
     """The components, and the events between them."""
 
-    def __init__(self, inspector: Inspector):
-        self.inspector = inspector
+    def __init__(self, inspector: Inspector, first: link.State = FIRST):
+        self.inspector, self.first = inspector, first
         with gr.Blocks(title="vtc inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             title, device = inspector.title, inspector.device
             gr.Markdown(
@@ -93,18 +94,19 @@ class Page:
             )
             self.submit = gr.Button("Ask", variant="primary", elem_id="ask", scale=1, min_width=70)
         self.problem = gr.HTML(panels.problem(), elem_id="problem")
-        first = vtc.list_methods()[FIRST]
+        first, info = self.first, panels.described(vtc.list_methods()[self.first.method])
         self.method = gr.Dropdown(
-            list(vtc.list_methods()), value=FIRST, label="Method", info=panels.described(first), elem_id="method"
+            list(vtc.list_methods()), value=first.method, label="Method", info=info, elem_id="method"
         )
-        slider, curve = self._budget(FIRST, 25, {})
-        self.budget = gr.Slider(value=25, **slider, step=1, label="Budget in percent", buttons=[], elem_id="budget")
+        slider, curve = self._budget(first.method, first.percent, first.values)
+        slider = {"value": first.percent, **slider}
+        self.budget = gr.Slider(**slider, step=1, label="Budget in percent", buttons=[], elem_id="budget")
         self.curve = gr.HTML(curve, elem_id="curve")
         with gr.Accordion("Advanced settings of the method", open=False, elem_id="advanced"):
             self.groups, self.fields = {}, {}
             for name, method in vtc.list_methods().items():
-                with gr.Group(visible=name == FIRST) as self.groups[name]:
-                    self.fields[name] = settings.components(method)
+                with gr.Group(visible=name == first.method) as self.groups[name]:
+                    self.fields[name] = settings.components(method, first.values if name == first.method else {})
                     if not self.fields[name]:
                         gr.HTML("<p class='hint'>This method has none.</p>")
         self.boxes = [box for fields in self.fields.values() for box in fields.values()]
@@ -174,7 +176,7 @@ class Page:
         self,
         image: list[dict],
         question: str,
-        method: str = FIRST,
+        method: str = FIRST.method,
         budget: float = 0.25,
         settings: dict = {},  # noqa: B006  (gradio reads the default, and nobody changes it)
     ) -> dict:
@@ -232,7 +234,7 @@ class Page:
         except ValueError as error:
             return *keep, panels.problem(str(error))
         image, question = (None, state.question) if state.scene is None else examples.scene(state.scene)
-        method = state.method or FIRST
+        method = state.method or self.first.method
         given = [image, None, state.question or question, method, state.percent]
         given = [gr.skip() if value is None else value for value in given]
         boxes = [

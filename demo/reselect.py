@@ -32,7 +32,10 @@ def reselect(trace: Trace, method: Method, budget: Budget | None, other: Budget 
     entered, valid, scores, records = first.entered.cpu(), first.valid.cpu(), first.scores.float().cpu(), []
     for number, stage in enumerate(stages):
         keep = torch.tensor([count[number] for count in kept])
-        chosen = _choose(stage, scores, Seen({}, valid, entered, trace.parts), keep)
+        try:
+            chosen = _choose(stage, scores, Seen({}, valid, entered, trace.parts), keep)
+        except KeyError:  # a trace holds the scores, but not the rows that they were made of
+            raise ValueError(f"{method.name} compares what it sees of tokens, so only a new run can tell") from None
         records.append(StageTrace(stage.site, entered, valid, chosen.keep, scores, chosen.into))
         entered, scores = _left(entered, chosen.keep), _left(scores, chosen.keep)
         valid = _left(valid, chosen.keep)

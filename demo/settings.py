@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import pairwise
 from types import NoneType, UnionType
@@ -17,10 +18,14 @@ from vtc.stage import Method
 DEFAULT = "the paper's default"
 
 
-def components(method: type[Method]) -> dict[str, Component]:
-    """An input for each hyper-parameter that is a number, a switch, a choice or a row of numbers."""
+def components(method: type[Method], given: Mapping[str, Any] | None = None) -> dict[str, Component]:
+    """An input for each hyper-parameter that is a number, a switch, a choice or a row of numbers.
+
+    `given` are the values that are not the method's defaults.
+    """
     notes, made = _notes(method), {}
     for name, (kind, default) in _typed(method).items():
+        default = (given or {}).get(name, default)
         shared = {"label": name, "info": notes.get(name)}
         if kind is bool:
             made[name] = gr.Checkbox(default, **shared)
@@ -92,8 +97,8 @@ def _typed(method: type[Method]) -> dict[str, tuple[Any, Any]]:
 def _required(kind: Any) -> Any:
     if get_origin(kind) not in (Union, UnionType):
         return kind
-    (only,) = (choice for choice in get_args(kind) if choice is not NoneType)
-    return only
+    choices = [choice for choice in get_args(kind) if choice is not NoneType]
+    return choices[0] if len(choices) == 1 else kind
 
 
 def _notes(method: type[Method]) -> dict[str, str]:

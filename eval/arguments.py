@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import vtc
@@ -52,10 +52,10 @@ def method(name: str | vtc.Method, given: Mapping[str, Any]) -> vtc.Method:
     Raises ValueError for an unknown method, TypeError for hyper-parameters that it does not have.
     """
     found = vtc.find_method(name)
-    known = [field.name for field in fields(found) if field.name != "modules"]
+    known = [field.name for field in fields(found) if field.init and field.name != "modules"]
     if unknown := sorted(set(given) - set(known)):
         raise TypeError(f"{found.name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no hyper-parameter'}")
-    return replace(found, **{name: _value(value) for name, value in given.items()})
+    return found.tuned({name: _value(value) for name, value in given.items()})
 
 
 def _value(given: Any) -> Any:

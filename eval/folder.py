@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,13 @@ from torch import nn
 import vtc
 from vtc.adapter import find
 from vtc.eval.rows import Asked
+from vtc.methods.compose import with_budget
 
 Kept = TypeVar("Kept", bound=Asked)
+
+
+class OtherRunError(ValueError):
+    """A folder that holds the results of another run."""
 
 
 class Store(Generic[Kept]):
@@ -89,8 +94,10 @@ def method_digests(
     model: nn.Module, methods: Mapping[str, str | vtc.Method], budgets: Sequence[vtc.Budget]
 ) -> dict[str, str]:
     """For a run's configuration: a name stays the same when its JSON file is written anew, or its modules trained."""
+    found = {name: with_budget(method) for name, method in methods.items()}
     return {
-        f"method {name}": _method_digest(model, vtc.find_method(method), budgets) for name, method in methods.items()
+        f"method {name}": _method_digest(model, method, budgets if own is None else (own,))
+        for name, (method, own) in found.items()
     }
 
 
@@ -101,7 +108,7 @@ def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.B
     """
     adapter = find(model)
     digest, tokens = hashlib.sha256(), adapter.tokens_per_image()
-    for kind in (type(method), type(adapter)):  # they may live in other packages
+    for kind in (*map(type, _with_parts(method)), type(adapter)):  # they may live in other packages
         if file := getattr(sys.modules[kind.__module__], "__file__", None):
             digest.update(Path(file).read_bytes())
     for budget in budgets:
@@ -110,11 +117,22 @@ def _method_digest(model: nn.Module, method: vtc.Method, budgets: Sequence[vtc.B
         except vtc.BudgetError as error:
             bound = method.bind(model, error.floor, tokens)
         digest.update(repr(bound).encode())  # without the modules
-        for field in fields(bound):
-            if isinstance(trained := getattr(bound, field.name), nn.Module):
-                for name, weight in trained.state_dict().items():
-                    digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+        for part in _with_parts(bound):
+            for field in fields(part):
+                if isinstance(trained := getattr(part, field.name), nn.Module):
+                    for name, weight in trained.state_dict().items():
+                        digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _with_parts(method: vtc.Method) -> Iterator[vtc.Method]:
+    """A method, and those that it is made of: of a chain, under a modifier."""
+    yield method
+    for field in fields(method):
+        value = getattr(method, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, vtc.Method):
+                yield from _with_parts(part)
 
 
 def _model_digest(path: str) -> str | None:
@@ -134,8 +152,9 @@ def _source_digest() -> str:
 
     library = Path(vtc.__file__).parent
     files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
-    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "suites", "suite_model", "arguments")
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in harness}
+    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions")
+    harness = (*harness, "suites", "suite_model", "arguments")
+    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "mis")}
     files |= {*Path(__file__).parent.glob("pages/*.py")}
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -169,7 +188,7 @@ def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str =
 
 
 def check(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> bool:
-    """Whether the run `config` goes on in `out`; nothing is written. Raises ValueError where `out` holds another run.
+    """Whether the run `config` goes on in `out`; nothing is written. Raises OtherRunError where `out` holds another.
 
     `results` is the name, or the pattern of the names, of the files that tell that something was run there.
     """
@@ -178,7 +197,7 @@ def check(out: Path, config: dict[str, Any], restart: bool, results: str = "resu
     settings = out / "config.json"
     differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
     if differing:
-        raise ValueError(
+        raise OtherRunError(
             f"{out} holds another run ({'; '.join(differing)}): "
             "choose another --out to keep it, or start over with --restart"
         )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from vtc.eval.video import Video
+
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: a role, and content parts of type "image" or "text"."""
 
@@ -42,14 +44,24 @@ class Reader:
         content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
         return self.chats([[{"role": "user", "content": parts}] for parts in content], [[image] for image in images])
 
-    def chats(self, chats: Sequence[Chat], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """The same for whole conversations with any number of images a row, listed in the order of their mention."""
+    def chats(
+        self, chats: Sequence[Chat], images: Sequence[Sequence[Image.Image]], videos: Sequence[Sequence[Video]] = ()
+    ) -> dict[str, Tensor]:
+        """The same for whole conversations with any number of images a row, listed in the order of their mention.
+
+        Raises ValueError for videos where the processor reads none.
+        """
         prompts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         flat = [image for row in images for image in row]
         # families that cut images into crops have to be told which rows hold several; the others read a flat list
         several = any(len(row) > 1 for row in images)
         given = [list(row) for row in images] if several else flat or None
-        batch = self.processor(images=given, text=prompts, return_tensors="pt", padding=True)
+        films = [video for row in videos for video in row]
+        if films and getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(f"{type(self.processor).__name__} of this checkpoint reads no videos")
+        about = {"video_metadata": [video.metadata for video in films], "do_sample_frames": False}
+        shown = {"videos": [video.frames for video in films], **about} if films else {}
+        batch = self.processor(images=given, text=prompts, return_tensors="pt", padding=True, **shown)
         return dict(batch.to(self.device, dtype=self.model.dtype))  # casts floating tensors only
 
     def continuation(self, chat: Chat, answer: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -146,6 +146,21 @@ def written(budget: Budget) -> str:
     return str(budget) if isinstance(budget, int) else f"{100 * budget:g}%"
 
 
+def named(row: Row) -> str:
+    """A row's method, of a file its name alone, marked where it saves nothing before the first token."""
+    method = row["method"]
+    return (Path(method).stem if method.endswith(".json") else method) + (" †" if row.get("after_prefill") else "")
+
+
+def footnote(rows: Sequence[Row]) -> list[str]:
+    """What that mark means, where there is one."""
+    marked = any(row.get("after_prefill") for row in rows)
+    return [LATE, "(that is the full model's: answers of one token say nothing about it)"] if marked else []
+
+
+LATE = "† saves memory and decoding, not the first token"
+
+
 def table(rows: list[Row]) -> Table:
     """Accuracy or the benchmark's own metric, agreement and the gain over random, a line a row; for 80 columns."""
     from rich.table import Table
@@ -157,22 +172,24 @@ def table(rows: list[Row]) -> Table:
         grid.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         grid.add_row(
-            row["method"],
+            named(row),
             written(row["budget"]) + ("" if row["reachable"] else " *"),
             f"{row['tokens']:.1f}",
-            _spread(shown(row), factor(row), ".1f"),
+            spread(shown(row), factor(row), ".1f"),
             f"{100 * row['agreement']:.1f}",
-            _spread(_above_random(row), factor(row), "+.1f"),
+            spread(_above_random(row), factor(row), "+.1f"),
             end_section=following is not None and following["method"] not in (row["method"], "blind"),
         )
     if not all(row["reachable"] for row in rows):
         some = [row for row in rows if 0 < row["at_floor"] < row["n"]]
         which = "".join(f"\n{row['method']} at {written(row['budget'])}: {row['at_floor']} images" for row in some)
         grid.caption = f"* below the method's floor on this model: run at the floor, see tokens{which}"
+    grid.caption = "\n".join([*([str(grid.caption)] if grid.caption else []), *footnote(rows)]) or None
     return grid
 
 
-def _spread(found: Estimate | None, times: int, form: str) -> str:
+def spread(found: Estimate | None, times: int, form: str) -> str:
+    """A figure and half the width of its interval."""
     if found is None:
         return ""
     return f"{times * found.value:{form}} ± {times / 2 * (found.high - found.low):.1f}"
@@ -204,9 +221,15 @@ def metrics_table(rows: list[Row]) -> Table:
     return grid
 
 
-def picture(rows: list[Row], path: Path, title: str, published: Sequence[tuple[str, float, float]] = ()) -> None:
-    """Draw accuracy, or the benchmark's own metric, against measured visual tokens, with 95 % bands and the lines of
-    the full and the blind model.
+Per = Literal["tokens", "bytes"]
+"""What accuracy is drawn against: visual tokens, or the bytes that their keys and values hold after the prefill."""
+
+
+def picture(
+    rows: list[Row], path: Path, title: str, published: Sequence[tuple[str, float, float]] = (), per: Per = "tokens"
+) -> None:
+    """Draw accuracy, or the benchmark's own metric, against measured visual tokens or bytes, with 95 % bands and the
+    lines of the full and the blind model.
 
     `published`: (method, tokens, the same figure) of papers, for crosses in the method's colour.
     """
@@ -215,20 +238,28 @@ def picture(rows: list[Row], path: Path, title: str, published: Sequence[tuple[s
     except ImportError:
         raise ModuleNotFoundError(f"the curve needs matplotlib: {install_line('eval')}", name="matplotlib") from None
 
+    if per == "bytes":  # all but the axis is the same
+        rows = [{**row, "tokens": row["held"] / 1024} for row in rows]
     figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    named = {row["method"]: row for row in rows if row["method"] in ALWAYS}
+    always = {row["method"]: row for row in rows if row["method"] in ALWAYS}
     order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
     for method, points in _curves(rows).items():
         i = order.index(method)  # a method's colour does not depend on how it did
-        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # a colour that comes again has another marker
-        _draw_curve(axes, method, points, named["full"], COLOURS[i % len(COLOURS)], marker)
-    for name, row in named.items():
+        _draw_curve(
+            axes,
+            method,
+            points,
+            always["full"],
+            COLOURS[i % len(COLOURS)],
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+        )
+    for name, row in always.items():
         above = name == "full"
         value, low, high = shown(row)
         axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
         axes.axhline(value, color="0.3", linestyle="--" if above else ":", linewidth=1.2, zorder=1)
-        label = f"full model, {row['tokens']:.0f} tokens: {value:.2f}"
+        label = f"full model, {row['tokens']:.0f} {'tokens' if per == 'tokens' else 'KiB'}: {value:.2f}"
         axes.annotate(
             label if above else f"blind, no visual token: {value:.2f}",
             (0.01, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -239,8 +270,16 @@ def picture(rows: list[Row], path: Path, title: str, published: Sequence[tuple[s
         axes.plot(tokens, accuracy, "x", color=colour, markersize=6, zorder=2)
     if published:
         axes.plot([], [], "x", color="0.3", label="published")
-    _dress(axes, rows, title, hollow=not all(row["reachable"] for row in rows))
+    if footnote(rows):
+        axes.plot([], [], " ", label=LATE.replace(", ", ",\n"))
+    _dress(axes, rows, title, AXES[per], hollow=not all(row["reachable"] for row in rows))
     figure.savefig(path)
+
+
+AXES: dict[Per, str] = {
+    "tokens": "visual tokens per image, averaged over the decoder layers (measured, log scale)",
+    "bytes": "KiB of visual keys and values that an image holds after the prefill (log scale)",
+}
 
 
 def _curves(rows: list[Row]) -> dict[str, list[Row]]:
@@ -264,10 +303,10 @@ def _draw_curve(axes: Any, method: str, points: list[Row], full: Row, colour: st
             row["tokens"], shown(row).value, marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
             markerfacecolor=colour if row["reachable"] else "white",
         )  # fmt: skip
-    axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=method)
+    axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=named(points[0]))
 
 
-def _dress(axes: Any, rows: list[Row], title: str, hollow: bool) -> None:
+def _dress(axes: Any, rows: list[Row], title: str, axis: str, hollow: bool) -> None:
     from matplotlib.ticker import NullLocator
 
     if hollow:
@@ -280,7 +319,7 @@ def _dress(axes: Any, rows: list[Row], title: str, hollow: bool) -> None:
             ticks.append(tokens)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("visual tokens per image, averaged over the decoder layers (measured, log scale)")
+    axes.set_xlabel(axis)
     axes.set_ylabel(rows[0].get("metric", "accuracy"))
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", color="0.9", linewidth=0.8)

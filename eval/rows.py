@@ -39,6 +39,12 @@ class Line(Asked):
     """False or true, or what a benchmark gave the question, 0 to 1; None where it gives single questions nothing."""
     agrees: bool
     """Whether the full model says the same."""
+    held: float
+    """Bytes of the image's keys and values that the caches of all layers hold after the prefill."""
+    read: float
+    """Bytes of them that a decoded token reads: those held, and of packed ones also what they are unpacked to."""
+    peak: float
+    """The most bytes of them at once, during the prefill."""
     density: NotRequired[float]
     """Bits that the image shows a patch, where a benchmark of vtc's own knows it."""
 
@@ -63,6 +69,12 @@ class Row(TypedDict):
     versus_random_low: float | None
     versus_random_high: float | None
     by_task: dict[str, float]
+    after_prefill: NotRequired[bool]
+    """True where the method saves memory and decoding, and not the first token."""
+    held: NotRequired[float]
+    """This and the next two: means of the bytes in `Line`, in bytes.json."""
+    read: NotRequired[float]
+    peak: NotRequired[float]
     metric: NotRequired[str]
     """This and what follows: a benchmark's own metric, of rows of lmms-eval."""
     percent: NotRequired[bool]

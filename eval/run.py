@@ -8,8 +8,8 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtc
-from vtc.eval import benchmarks, folder, progress, report
+from vtc.adapter import find
+from vtc.eval import benchmarks, folder, memory, mis, progress, report
 from vtc.eval.folder import Store
+from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.methods.compose import with_budget
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vtc.eval.scenes import Example
 
 SMALLER = "smaller-image"
@@ -45,6 +50,7 @@ class Settings:
     suffix: str = ""
     device: str = "auto"
     benchmark: str = "scenes"
+    dtype: str = "auto"
 
 
 @dataclass
@@ -60,13 +66,30 @@ class Arm:
         return folder.key(self.method, self.budget, question_id)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What runs of one model on one benchmark have in common."""
+
+    reader: Reader
+    examples: Sequence[Example]
+    lines: Mapping[str, Line] = field(default_factory=dict)
+    """By key what one of them was answered that none has to ask again."""
+
+
 def evaluate(
-    settings: Settings, out: Path, restart: bool = False, dry_run: bool = False, bar: bool = False
+    settings: Settings,
+    out: Path,
+    restart: bool = False,
+    dry_run: bool = False,
+    bar: bool = False,
+    shared: Shared | None = None,
+    per: str = "tokens",
 ) -> list[Row]:
-    """Run what is missing of `settings` in the folder `out`, write the summary, the configuration and the picture.
+    """Run what is missing of `settings` in the folder `out`, write the summaries, the configuration and the pictures.
 
     With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
-    question. With `bar` stderr shows how far it is.
+    question. With `bar` stderr shows how far it is. `shared` stands for what would be loaded by `settings`.
+    `per` "bytes" also writes bytes.json, the rows with their bytes, and bytes.png: the same runs over another axis.
 
     Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
     folder that holds another run.
@@ -74,30 +97,54 @@ def evaluate(
     _check(settings)
     benchmark = benchmarks.find(settings.benchmark)
     path, device = model_path(settings.model), pick_device(settings.device)
-    reader = load(path, device, settings.max_new_tokens)
-    methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
-    digests = folder.method_digests(reader.model, methods, settings.budgets)
-    config = folder.configuration(settings, path, device, digests)
+    reader = shared.reader if shared else load(path, device, settings.max_new_tokens, settings.dtype)
+    config = configuration(settings, reader)
     if dry_run:
         folder.check(out, config, restart)
         plan(reader, settings, benchmark.example("test", settings.seed, 0))
         return []
     folder.open_folder(out, config, restart)
     store: Store[Line] = Store(out / "results.jsonl")
-    examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
+    if shared:
+        store.lines = {**shared.lines, **store.lines}
+        examples = shared.examples
+    else:
+        examples = benchmark.load(split="test", limit=settings.limit, seed=settings.seed)
     arms = plan(reader, settings, examples[0])
+    if others := mis.others(examples, settings.seed):
+        arms.insert(2, Arm(mis.SWAPPED, 1.0, 1.0))
     with progress.bar("questions", len(examples) * len(arms), shown=bar) as tick:
         for batch in _batches(examples, settings.batch_size):
-            _run_batch(reader, arms, batch, store, settings.suffix, tick)
+            _run_batch(reader, arms, batch, others, store, settings.suffix, tick)
     groups: list[Group] = []
     for arm in arms:
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
-    rows = report.summarise(groups, settings.seed)
-    folder.write_json(out / "summary.json", rows)
-    title = f"{settings.model}: accuracy over {len(examples)} questions of {settings.benchmark}"
-    report.picture(rows, out / "curve.png", title)
+    rows, needing = (
+        report.summarise([g for g in groups if g[0] != mis.SWAPPED], settings.seed),
+        mis.needing(groups, settings.seed),
+    )
+    memory.mark([*rows, *needing["rows"]])
+    folder.write_json(out / "needs-image.json", needing)
+    measure = getattr(benchmark, "MEASURE", "accuracy")
+    title = f"{settings.model}: {measure} over {{}} questions of {settings.benchmark}"
+    report.picture(rows, out / "curve.png", title.format(len(examples)))
+    if needing["rows"]:
+        few = f"{title} that need the image".format(needing["needing"])
+        report.picture(needing["rows"], out / "needs-image.png", few)
+    if per == "bytes":
+        priced = memory.priced(rows, groups)
+        folder.write_json(out / "bytes.json", priced)
+        report.picture(priced, out / "bytes.png", title.format(len(examples)), per="bytes")
+    folder.write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
+
+
+def configuration(settings: Settings, reader: Reader) -> dict[str, Any]:
+    """All that the run's answers depend on."""
+    methods = {name: name for name in settings.methods if name not in (*report.ALWAYS, SMALLER)}
+    digests = folder.method_digests(reader.model, methods, settings.budgets)
+    return folder.configuration(settings, model_path(settings.model), pick_device(settings.device), digests)
 
 
 def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
@@ -107,31 +154,46 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
     for method in dict.fromkeys(m for m in settings.methods if m not in report.ALWAYS):
         if method == SMALLER:
             _check_smaller(reader, inputs)
-        for budget in dict.fromkeys(settings.budgets):
+        for budget in budgets_of(method, settings.budgets):
             arms.append(Arm(method, budget, budget))
             list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
 
 
+def budgets_of(method: str | vtc.Method, budgets: Sequence[int | float]) -> list[int | float]:
+    """What a method is run at: the budget that its JSON file names, else all of `budgets`."""
+    own = None if method == SMALLER else with_budget(method)[1]
+    return [own] if own is not None else list(dict.fromkeys(budgets))
+
+
 def _run_batch(
-    reader: Reader, arms: list[Arm], batch: list[Example], store: Store[Line], suffix: str, tick: progress.Tick
+    reader: Reader,
+    arms: list[Arm],
+    batch: list[Example],
+    others: Mapping[str, Image],
+    store: Store[Line],
+    suffix: str,
+    tick: progress.Tick,
 ) -> None:
-    inputs = None
+    inputs: dict[bool, dict[str, Tensor]] = {}
     for arm in arms:
         if any(arm.key(example.question_id) not in store.lines for example in batch):
-            inputs = inputs or _inputs(reader, batch, suffix)
-            answers = _reached(reader, arm, batch, inputs, suffix)
+            swapped = arm.method == mis.SWAPPED
+            shown = [replace(example, image=others[example.question_id]) for example in batch] if swapped else batch
+            if swapped not in inputs:
+                inputs[swapped] = _inputs(reader, shown, suffix)
+            answers = _reached(reader, arm, shown, inputs[swapped], suffix)
             store.add(list(_lines(answers, store)))
         tick(len(batch))
 
 
 def _reached(
     reader: Reader, arm: Arm, batch: list[Example], inputs: dict[str, Tensor], suffix: str
-) -> Iterator[tuple[Arm, Example, str, float]]:
-    """Each question with its prediction and its visual tokens, and the arm as it was run: at the image's floor where
-    the budget is out of reach, which depends on the image's size."""
+) -> Iterator[tuple[Arm, Example, str, Spent]]:
+    """Each question with its prediction and what its visual tokens cost, and the arm as it was run: at the image's
+    floor where the budget is out of reach, which depends on the image's size."""
     try:
-        predictions, counts = _answer(reader, arm, inputs)
+        predictions, costs = _answer(reader, arm, inputs)
     except vtc.BudgetError as error:
         sizes = reader.visual_tokens(inputs).tolist()
         if len(set(sizes)) == 1:
@@ -141,17 +203,17 @@ def _reached(
             alike = [example for example, tokens in zip(batch, sizes, strict=True) if tokens == size]
             yield from _reached(reader, arm, alike, _inputs(reader, alike, suffix), suffix)
         return
-    for example, prediction, count in zip(batch, predictions, counts, strict=True):
-        yield arm, example, prediction, count
+    for example, prediction, cost in zip(batch, predictions, costs, strict=True):
+        yield arm, example, prediction, cost
 
 
 def _inputs(reader: Reader, batch: list[Example], suffix: str) -> dict[str, Tensor]:
     return reader.inputs([example.image for example in batch], [example.question + suffix for example in batch])
 
 
-def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line]) -> Iterator[Line]:
+def _lines(answers: Iterator[tuple[Arm, Example, str, Spent]], store: Store[Line]) -> Iterator[Line]:
     full = Arm("full", 1.0, 1.0)
-    for arm, example, prediction, count in answers:
+    for arm, example, prediction, cost in answers:
         reference = prediction if arm.method == "full" else store.lines[full.key(example.question_id)]["prediction"]
         yield {
             "question_id": example.question_id,
@@ -159,28 +221,33 @@ def _lines(answers: Iterator[tuple[Arm, Example, str, float]], store: Store[Line
             "density": example.density,
             "method": arm.method,
             "budget": arm.budget,
-            "tokens": count,
+            "tokens": cost.tokens,
             "at_floor": not arm.reachable,
             "prediction": prediction,
             "answer": example.answer,
-            "correct": report.is_correct(prediction, example.answer),
+            "correct": example.correct(prediction),
             "agrees": report.is_correct(prediction, reference),
+            "held": cost.held,
+            "read": cost.read,
+            "peak": cost.peak,
         }
 
 
 def _answer(
     reader: Reader, arm: Arm, inputs: dict[str, Tensor], max_new_tokens: int | None = None
-) -> tuple[list[str], list[float]]:
-    """Predictions and measured visual tokens (layer average) of a batch of prompts with one image each."""
-    if arm.method == "full":
-        return reader.answers(inputs, max_new_tokens), reader.visual_tokens(inputs).float().tolist()
+) -> tuple[list[str], list[Spent]]:
+    """Predictions and what the visual tokens cost, measured, of a batch of prompts with one image each."""
+    each = find(reader.model).shape().token_bytes
+    if arm.method in ("full", mis.SWAPPED):
+        costs = [Spent.alike(count, each) for count in reader.visual_tokens(inputs).float().tolist()]
+        return reader.answers(inputs, max_new_tokens), costs
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)
-        return reader.answers(small, max_new_tokens), [tokens] * len(small["input_ids"])
+        return reader.answers(small, max_new_tokens), [Spent.alike(tokens, each)] * len(small["input_ids"])
     method = BLIND if arm.method == "blind" else arm.method
     with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
-        return predictions, trace.average_tokens.tolist()
+        return predictions, Spent.of(trace, each)
 
 
 def _shrink(reader: Reader, inputs: dict[str, Tensor], budget: int | float) -> tuple[dict[str, Any], float]:

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 from PIL import Image, ImageDraw, ImageFont
 
 from vtc.eval.material import COLUMNS, Split, digits, photographs, shape_mask
+from vtc.eval.report import is_correct
 
 COLORS = {
     "red": (230, 45, 45),
@@ -63,6 +64,10 @@ class Example:
     question: str
     answer: str
     density: float | None = None
+
+    def correct(self, prediction: str) -> float:
+        """What a prediction is worth, 0 to 1: here whether it is the answer."""
+        return is_correct(prediction, self.answer)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 import vtc
 from vtc.cost import kv_bytes
-from vtc.eval import arguments, progress
+from vtc.eval import arguments, progress, video
 from vtc.eval.folder import Store, key_of
 from vtc.eval.reader import Chat, load, model_path, pick_device
 from vtc.eval.rows import Asked, Reply
+from vtc.eval.video import Video
 
-Document = tuple[Chat, list[Image.Image]]
-"""A conversation, and the images in it in the order of their mention."""
+
+class Document(NamedTuple):
+    """A conversation, and the images and videos in it in the order of their mention."""
+
+    chat: Chat
+    images: list[Image.Image]
+    videos: list[Video]
+
+
 MEASURES = ("visual_tokens", "prefill_ms", "kv_bytes")
 checkpoint_name = GeneralConfigTracker._get_model_name
 FULL = ("uniform", 1.0)
@@ -88,6 +96,7 @@ class Vtc(lmms):
         device_map: as transformers takes it, "auto" for a model that is larger than one GPU.
         dtype, attn_implementation, revision: as `from_pretrained` takes them.
         min_pixels, max_pixels: of an image, where the processor reads them (Qwen-VL).
+        max_num_frames: of a video, evenly spaced.
         given: the method's hyper-parameters, in --model_args as in
             `pretrained=reference,method=transprune,alpha=0.3,layers=[2,3,4],budget=25%`.
 
@@ -110,6 +119,7 @@ class Vtc(lmms):
         revision: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_num_frames: int = 32,
         **given: Any,
     ):
         super().__init__()
@@ -137,6 +147,7 @@ class Vtc(lmms):
         """What kept questions, by task and number, from being asked; only noted where there is a store of replies."""
         self.taken: list[tuple[str, Measured]] = []
         self.seconds = 0.0
+        self.frames = max_num_frames
         self.use(*arm)
 
     @classmethod
@@ -272,7 +283,7 @@ class Vtc(lmms):
         doc, round_info = self.task_dict[task][request.args[-1]][number], None
         turn, done = messages(doc), False
         while not done:
-            (reply,) = self.ask([chat(turn)], **options)
+            (reply,) = self.ask([document(turn, self.frames)], **options)
             texts.append(reply.text)
             counts.append(reply.token_counts)
             following = messages(doc, round_idx=len(texts), previous_output=list(texts), previous_round_info=round_info)
@@ -288,10 +299,11 @@ class Vtc(lmms):
         for row, request in enumerate(requests):
             with self._noting(request):
                 documents[row] = self._document(request)
-        for with_image in (True, False):  # a processor takes a batch with images in each row, or in none
-            rows = [row for row in documents if bool(documents[row][1]) is with_image]
-            if rows:
-                replies |= self._together(requests, documents, rows, asked)
+        kinds: dict[Any, list[int]] = {}  # a processor takes a batch with images in each row, or in none
+        for row, found in documents.items():
+            kinds.setdefault((bool(found.images), bool(found.videos)), []).append(row)
+        for rows in kinds.values():
+            replies |= self._together(requests, documents, rows, asked)
         nothing = GenerationResult(instead, Measured(input_tokens=0, output_tokens=0))
         return [replies.get(row, nothing) for row in range(len(requests))]
 
@@ -340,12 +352,12 @@ class Vtc(lmms):
         doc = self.task_dict[task][request.args[-1]][number]
         if not callable(request.args[1]) or callable(request.args[2]):  # of a task for "simple" models
             visuals = request.args[2](doc) or []
-            return chat(ConfigurableMessagesTask._build_user_turn(visuals, request.args[0]))
+            return document(ConfigurableMessagesTask._build_user_turn(visuals, request.args[0]), self.frames)
         messages = request.args[1]
         config = getattr(getattr(messages, "__self__", None), "config", None)
         if config is not None and config.doc_to_visual and (config.num_fewshot or 0) > 0:
             raise NotImplementedError("lmms-eval gives chat models no examples with images: leave num_fewshot out")
-        return chat(messages(doc))
+        return document(messages(doc), self.frames)
 
     def _target(self, request: Instance) -> str:
         task, number = self._where(request)
@@ -353,7 +365,7 @@ class Vtc(lmms):
         return target(self.task_dict[task][request.args[-1]][number]) if callable(target) else target
 
     def ask(self, documents: Sequence[Document], **options: Any) -> list[GenerationResult]:
-        """Reply and what it took for each (chat, images); either all of them have images or none has."""
+        """Reply and what it took for each; either all of them have images or none has, and so for videos."""
         inputs = self._inputs(documents)
         new = self.reader.generate(inputs, **options)
         texts = self.reader.processor.batch_decode(new, skip_special_tokens=True)
@@ -374,7 +386,7 @@ class Vtc(lmms):
         rated: list[list[tuple[float, bool]]] = [[] for _ in documents]
         for number in range(max(map(len, answers))):  # the documents' first answers together, then their second ones
             chosen = [choices[min(number, len(choices) - 1)] for choices in answers]
-            ids = [self.reader.continuation(chat, text) for (chat, _), text in zip(documents, chosen, strict=True)]
+            ids = [self.reader.continuation(chat, text) for (chat, *_), text in zip(documents, chosen, strict=True)]
             for row, pair in enumerate(self._likelihoods(prompt, inputs["attention_mask"], ids)):
                 rated[row] += [pair] if number < len(answers[row]) else []
         return [GenerationResult(*pair) for pair in zip(rated, measured, strict=True)]
@@ -405,7 +417,7 @@ class Vtc(lmms):
         prompt = inputs["attention_mask"].sum(1).tolist()
         text = (inputs["attention_mask"].bool() & ~visual).sum(1).tolist()
         written = (new != tokenizer.pad_token_id).sum(1).tolist()
-        layers, element = trace.tokens_per_layer[::beams].tolist(), torch.finfo(model.dtype).bits // 8
+        layers, element = trace.held_sizes[::beams].tolist(), torch.finfo(model.dtype).bits // 8
         seconds = trace.seconds.get("prefill")
         return [
             Measured(
@@ -413,7 +425,7 @@ class Vtc(lmms):
                 output_tokens=written[row],
                 visual_tokens=sum(visual) / len(visual),
                 prefill_ms=seconds and 1000 * seconds / len(prompt),
-                kv_bytes=kv_bytes(visual, text[row], adapter.decoder.config, element),
+                kv_bytes=round(kv_bytes(visual, text[row], adapter.decoder.config, element)),
             )
             for row, visual in enumerate(layers)
         ]
@@ -452,14 +464,16 @@ def _check_processes(several: bool) -> None:
         )
 
 
-def chat(messages: list[dict[str, Any]]) -> tuple[Chat, list[Image.Image]]:
-    """A task's messages as chat templates take them, and the images in them."""
+def document(messages: list[dict[str, Any]], frames: int) -> Document:
+    """A task's messages as chat templates take them, and the images and videos, of so many frames each, in them."""
     given = ChatMessages(messages=messages)
-    images, videos, sounds = given.extract_media()
-    if videos or sounds:
-        raise NotImplementedError("vtc reads images and text, no video and no sound")
+    images, _, sounds = given.extract_media()
+    if sounds:
+        raise NotImplementedError("vtc reads images, videos and text, no sound")
     opened = [Image.open(image) if isinstance(image, (str, Path)) else image for image in images]
-    return given.to_hf_messages(), opened
+    parts = [part for message in given.messages for part in message.content if part.type == "video"]
+    videos = [video.read(part.url, frames, part.start_time, part.end_time) for part in parts]
+    return Document(given.to_hf_messages(), opened, videos)
 
 
 def folder_name(model_args: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import folder, measure, published, report, run
+from vtc.eval import folder, measure, memory, mis, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
@@ -300,8 +300,9 @@ def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     image is decided by itself.
     """
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
-    for method in settings.named:
-        arms += [_reachable(lm, settings, Arm(method, budget, budget)) for budget in dict.fromkeys(settings.budgets)]
+    for name, method in settings.named.items():
+        budgets = run.budgets_of(method, settings.budgets)
+        arms += [_reachable(lm, settings, Arm(name, budget, budget)) for budget in budgets]
     for arm in arms:
         _use(lm, settings, arm)
         for task in tasks.values():
@@ -367,12 +368,15 @@ def _write(
     ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
+    memory.mark(rows)
     for row, results, asked in zip(rows, found, samples, strict=True):
         row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
     where.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for *_, lines in groups for line in lines)
     (where / "results.jsonl").write_text(text, encoding="utf-8")
     folder.write_json(where / "summary.json", rows)
+    if rows[0]["accuracy"] is not None:
+        folder.write_json(where / "needs-image.json", mis.needing(groups, settings.seed))
     title = f"{settings.model}: {name}, {rows[0]['n']} questions"
     points = published.points(name, settings.model, percent=own.percent)
     report.picture(rows, where / "curve.png", title, points)
@@ -469,7 +473,30 @@ def _manager(include_path: str | None = None) -> Any:
     from vtc.eval import tasks
 
     folders = [str(tasks.PATH), *([include_path] if include_path else [])]
-    return TaskManager("WARNING", include_path=folders, model_name="vtc")
+    with _yaml_in_c():
+        return TaskManager("WARNING", include_path=folders, model_name="vtc")
+
+
+@contextmanager
+def _yaml_in_c() -> Iterator[None]:
+    """Let `yaml.full_load` parse in C where PyYAML can: lmms-eval reads thousands of files, for seconds otherwise."""
+    import yaml
+
+    if not yaml.__with_libyaml__:
+        yield
+        return
+
+    class Loader(yaml.cyaml.CParser, yaml.FullLoader):  # with the constructors that lmms-eval gives to FullLoader
+        def __init__(self, stream: Any):
+            yaml.cyaml.CParser.__init__(self, stream)
+            yaml.constructor.FullConstructor.__init__(self)
+            yaml.resolver.Resolver.__init__(self)
+
+    slow, yaml.full_load = yaml.full_load, lambda stream: yaml.load(stream, Loader)
+    try:
+        yield
+    finally:
+        yaml.full_load = slow
 
 
 def _import_lmms_eval() -> None:

@@ -40,27 +40,25 @@ class Search:
 
 
 def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
-    """Search, write the best method to the JSON file `out`, and return it with its similarity and that of the defaults.
+    """Search, write the best method to the JSON file `out`, and return it with its similarity and that of the defaults,
+    or of what a JSON file says in their place.
 
     Similarities are mean cosines in [-1, 1]. Raises ValueError for a method without a search space or a folder without
     images.
     """
     import optuna
 
-    known = vtc.list_methods()
-    if search.method not in known:
-        raise ValueError(f"unknown method {search.method!r}; the methods are {', '.join(known)}")
-    kind = known[search.method]
-    if not kind.space:
+    start = vtc.find_method(search.method)
+    if not start.space:
         raise ValueError(f"{search.method} declares nothing to tune")
     reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
-    space = searched(reader, kind)
-    batches = _batches(reader, search)
-    full = [_last_states(reader, batch) for batch in batches]
+    space = searched(reader, start)
+    asked = batches(reader, search)
+    full = [last_states(reader, batch) for batch in asked]
 
     def similarity(method: vtc.Method) -> float:
         with vtc.compressed(reader.model, method, search.budget):
-            pruned = [_last_states(reader, batch) for batch in batches]
+            pruned = [last_states(reader, batch) for batch in asked]
         return torch.cosine_similarity(torch.cat(pruned), torch.cat(full)).mean().item()
 
     def objective(trial: optuna.Trial) -> float:
@@ -69,7 +67,7 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
             for name, (low, high) in space.items()
         }
         try:
-            return similarity(kind.tuned(chosen))
+            return similarity(start.tuned(chosen))
         except ValueError as error:  # a combination that the model or the budget does not allow
             raise optuna.TrialPruned(str(error)) from error
 
@@ -79,37 +77,38 @@ def tune(search: Search, out: Path) -> tuple[vtc.Method, float, float]:
         study.optimize(objective, n_trials=search.trials, callbacks=[lambda study, trial: tick()])
     if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
         raise ValueError(f"none of {search.trials} combinations can reach a budget of {search.budget} on this model")
-    best, defaults = kind.tuned(study.best_params), similarity(kind())
+    best, defaults = start.tuned(study.best_params), similarity(start)
     best.to_json(out)
     return best, study.best_value, defaults
 
 
-def searched(reader: Reader, kind: type[vtc.Method]) -> dict[str, tuple[float, float]]:
+def searched(reader: Reader, method: vtc.Method) -> dict[str, tuple[float, float]]:
     """What there is to search of a method's space on this model: without what the model refuses at any budget.
 
     Whole numbers, such as layers, end where the model does.
     """
     space = {}
-    for name, (low, high) in kind.space.items():
-        if refusal := _refused(reader, kind, name, low):
+    for name, (low, high) in method.space.items():
+        if refusal := _refused(reader, method, name, low):
             Console(stderr=True).print(f"{name} stays as it is: {refusal}", markup=False)
             continue
-        while isinstance(high, int) and high > low and _refused(reader, kind, name, high):
+        while isinstance(high, int) and high > low and _refused(reader, method, name, high):
             high -= 1
         space[name] = low, high
     return space
 
 
-def _refused(reader: Reader, kind: type[vtc.Method], name: str, value: float) -> str:
+def _refused(reader: Reader, method: vtc.Method, name: str, value: float) -> str:
     """Why this model takes no method with such a hyper-parameter; empty where it does."""
     try:
-        with vtc.compressed(reader.model, kind.tuned({name: value}), 1.0):
+        with vtc.compressed(reader.model, method.tuned({name: value}), 1.0):
             return ""
     except ValueError as error:
         return str(error)
 
 
-def _batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
+def batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
+    """What a search asks the model."""
     images, questions = _scenes(search) if search.images == "scenes" else _folder(search)
     step = search.batch_size
     return [reader.inputs(images[n : n + step], questions[n : n + step]) for n in range(0, len(images), step)]
@@ -134,6 +133,6 @@ def _folder(search: Search) -> tuple[list, Sequence[str]]:
 
 
 @torch.inference_mode()
-def _last_states(reader: Reader, inputs: dict[str, Tensor]) -> Tensor:
+def last_states(reader: Reader, inputs: dict[str, Tensor]) -> Tensor:
     """The final hidden state of each prompt's last token: (batch, width) float32."""
     return reader.model.base_model(**inputs).last_hidden_state[:, -1].float()

@@ -23,6 +23,9 @@ class Gemma3(Adapter):
         types = inputs.get("token_type_ids")
         return None if types is None else get_block_sequence_ids_for_mask(types)
 
+    def rotary_tables(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decoder.rotary_emb(hidden, positions, self.decoder.config.layer_types[0])
+
     def pack(self, patches: Tensor, call: dict[str, Any]) -> list[Tensor]:
         projector = self.backbone.multi_modal_projector
         maps = rearrange(patches, "i (h w) c -> i c h w", h=projector.patches_per_image)

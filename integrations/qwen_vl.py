@@ -70,6 +70,10 @@ class QwenVL(Adapter):
         merge = self.backbone.visual.spatial_merge_size
         return [[(height // merge, width // merge)] * time for time, height, width in self._grids(call)]
 
+    def rotary_tables(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # in time, height and width; a line of text positions may come before them
+        return super().rotary_tables(hidden, positions[-3:] if positions.ndim == 3 else positions.expand(3, -1, -1))
+
     def late_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
         if (late := kwargs.get("deepstack_visual_embeds")) is None:
             return kwargs, []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -89,10 +93,38 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "vtc.cli", *map(str, arguments)]
 
 
-def run_vtc(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line as its own process, wide enough that no table is cut."""
-    environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TERM": "dumb"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120, cwd=cwd)
+ENVIRONMENT = {"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TERM": "dumb"}
+"""Wide enough that no table is cut."""
+
+
+def start_vtc(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as its own process: what others print there, too, is in its output."""
+    environment = os.environ | ENVIRONMENT
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
+
+
+def run_vtc(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, which has loaded torch and transformers already."""
+    from transformers.utils import logging
+
+    from vtc import cli
+
+    words, verbosity, code = ["vtc", *map(str, arguments)], logging.get_verbosity(), 0
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch.object(sys, "argv", words),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        warnings.catch_warnings(),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            logging.set_verbosity(verbosity)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def read_lines(folder: Path) -> list[dict]:

@@ -1,10 +1,18 @@
-"""The table that every method and every family is in: a new one inherits all behaviour tests by a line here."""
+"""The table that every method and every family is in.
+
+A method enters by itself, from `vtc.list_methods()`; a line here adds settings that are harder on it. What every
+setting meets on every batch, on the first family, are the promises that a method can break (`every_setting`); all else
+is met by the settings that are written down here, and on the other families by one of each kind. The smoke test of
+`test_promises.py` takes every setting through every family once.
+"""
 
 from __future__ import annotations
 
 import torch
 from models import FAMILIES
 
+import vtc
+from vtc.budget import counts
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
@@ -14,13 +22,15 @@ from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
-from vtc.stage import Shape
+from vtc.stage import Cache, Shape
 
 torch.manual_seed(0)
-ATP = Atp(layers=(1, 3), rates=(0.0625, 0.0625)).untrained(Shape(6, 4), 16)
+SHAPE = Shape(6, 4, key_heads=2)
+"""Of the first family's model; each image of it has 36 tokens."""
+ATP = Atp(layers=(1, 3), rates=(0.0625, 0.0625)).untrained(SHAPE, 16)
 ATP.modules.eval().requires_grad_(False)
 
-METHODS = {  # from easy to hard settings
+HARD = {  # from easy to hard settings
     "random-half": (Random(), 0.5),
     "random-one": (Random(seed=1), 1),
     "uniform": (Uniform(), 0.25),
@@ -39,10 +49,36 @@ METHODS = {  # from easy to hard settings
     "vflowopt-plain": (VFlowOpt(cell=0.4, threshold=1.2), 0.4),
     "transprune-high": (TransPrune(), None),
     "transprune-ttv": (TransPrune(alpha=1.0, layers=(1, 3, 4)), 0.4),
+    "chain": (vtc.Chain(VtcCls(), FastV(layer=3)), 0.4),
+    "modified": (vtc.find_method("vtc-cls@sinks+fastv@debias"), 0.4),
 }
+ONLY_DROPS = {"vflowopt-late"}
+"""Settings that merge nothing, of methods that do."""
 
-MERGING = {"vflowopt", "tome", "tally"}
-"""Those that do more than drop: for them masking is no oracle."""
+
+def by_itself(kind: type[vtc.Method]) -> tuple[vtc.Method, float]:
+    """A method as it is listed, at 40 % of the tokens or, where that is out of its reach, half way to its floor."""
+    method = kind()
+    try:
+        counts(method, 36, 0.4, SHAPE)
+    except vtc.BudgetError as error:
+        return method, round((1 + error.floor) / 2, 2)
+    return method, 0.4
+
+
+METHODS = HARD | {
+    name: by_itself(kind)
+    for name, kind in vtc.list_methods().items()
+    if name not in {method.name for method, _ in HARD.values()}
+    and not any(isinstance(stage.site, Cache) for stage in kind().stages(SHAPE))  # those are in test_cache_site.py
+}
+"""Every setting. A method that has to be trained needs a line with its modules."""
+
+
+def merges(setting: str) -> bool:
+    """Whether a setting does more than drop: for it masking is no oracle."""
+    return METHODS[setting][0].merges and setting not in ONLY_DROPS
+
 
 BATCHES = {  # images of each row, padding side
     "single": ((1,), None),
@@ -54,22 +90,29 @@ BATCHES = {  # images of each row, padding side
 }
 
 EACH_KIND = ("uniform", "vtc-cls", "fastv-early", "atp", "vflowopt-plain", "transprune-high", "tally")
-"""One method for each kind of stage and of observation: all that is run on each family but the first."""
+"""One setting for each kind of stage and of observation."""
 
 
 EACH_SITE = ("vtc-cls", "fastv-early")
-"""One method that drops before the decoder and one that drops within it."""
+"""One setting that drops before the decoder and one that drops within it."""
 
 
-def each_site(test):
-    """Decorator: outside the first family, run the test with one method a site only."""
-    test.each_site = True
+def every_setting(test):
+    """Decorator: on the first family the test meets every setting, not only those that are written down."""
+    test.settings = list(METHODS), EACH_KIND
     return test
 
 
-def _methods(family: str, test) -> list[str]:
-    """The methods that a family meets a test with."""
-    return list(METHODS if family == "llava" else EACH_SITE if hasattr(test, "each_site") else EACH_KIND)
+def each_site(test):
+    """Decorator: the test meets one setting of each kind, and outside the first family one a site."""
+    test.settings = EACH_KIND, EACH_SITE
+    return test
+
+
+def settings(family: str, test) -> list[str]:
+    """The settings that a family meets a test with."""
+    first, other = getattr(test, "settings", (list(HARD), EACH_KIND))
+    return list(first if family == "llava" else other)
 
 
 def batches(family: str) -> list[str]:
@@ -88,7 +131,7 @@ def parametrize(metafunc) -> None:
         [family, *rest]
         for family in FAMILIES
         for rest in _product(
-            _methods(family, metafunc.function) if "method" in names else [],
+            settings(family, metafunc.function) if "method" in names else [],
             batches(family) if "inputs" in names else [],
         )
     ]

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import typer
-from eval_fixtures import run_vtc, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
@@ -129,10 +129,10 @@ def test_every_option_is_read(command):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("eval --tasks pope --suffix .", "--suffix: for scenes, not for --tasks"),
-        ("eval --tasks pope --max-new-tokens 8 --by-task", "--max-new-tokens, --by-task: for scenes"),
-        ("eval --gen-kwargs max_new_tokens=8", "--gen-kwargs: for --tasks, not for scenes"),
-        ("eval --include-path .", "--include-path: for --tasks, not for scenes"),
+        ("eval --tasks pope --suffix .", "--suffix: for scenes and pages, not for --tasks"),
+        ("eval --tasks pope --max-new-tokens 8 --by-task", "--max-new-tokens, --by-task: for scenes and pages"),
+        ("eval --gen-kwargs max_new_tokens=8", "--gen-kwargs: for --tasks, not for scenes and pages"),
+        ("eval --include-path .", "--include-path: for --tasks, not for scenes and pages"),
         ("eval --tasks pope --include-path nowhere", "'nowhere' does not exist"),
         ("eval --dry-run --by-task", "--by-task: a dry run counts nothing"),
         ("eval --faithfulness", "No such option: --faithfulness"),
@@ -247,11 +247,11 @@ def test_stdout_is_the_answer_and_stderr_all_else(tiny, tmp_path):  # noqa: F811
     """A palette with transparency in bytes makes Pillow warn; one token and too many tokens are said."""
     path = tmp_path / "palette.png"
     Image.new("P", (80, 80), 1).save(path, transparency=bytes([0, 128]))
-    for budget, kept, note in (
-        (1, 1, "note: a budget of 1 is one visual token; 1.0 and 100% are all of them"),
-        (99, 16, "note: a budget of 99 is above the image's 16 visual tokens: none are dropped"),
+    for run, budget, kept, note in (
+        (start_vtc, 1, 1, "note: a budget of 1 is one visual token; 1.0 and 100% are all of them"),
+        (run_vtc, 99, 16, "note: a budget of 99 is above the image's 16 visual tokens: none are dropped"),
     ):
-        done = run_vtc("ask", path, "what color", "--model", tiny, "--budget", budget, "--max-new-tokens", 2)
+        done = run("ask", path, "what color", "--model", tiny, "--budget", budget, "--max-new-tokens", 2)
         assert len(done.stdout.splitlines()) == 1
         measured, said = done.stderr.splitlines()
         assert re.fullmatch(rf"{kept} of 16 visual tokens, \d+\.\d+ s", measured)

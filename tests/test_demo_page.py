@@ -26,7 +26,7 @@ from demo_pages import (
     upload,
     write,
 )
-from eval_fixtures import run_vtc
+from eval_fixtures import start_vtc
 from PIL import Image
 
 from vtc.demo.asking import HandPicked
@@ -301,7 +301,7 @@ def test_a_problem_is_in_view_on_a_phone(browser, address):
 
 def test_a_port_in_use_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run_vtc("demo", "--port", str(taken.getsockname()[1]))
+        done = start_vtc("demo", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
 

@@ -27,7 +27,7 @@ from vtc.eval.rows import Line, Row
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
-LINE |= {"density"}
+LINE |= {"density", "held", "read", "peak"}
 
 
 # -- scoring and statistics -----------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_every_question_once_in_every_arm(finished, settings):
     lines = read_lines(out)
     assert all(set(line) == LINE for line in lines)
     keys = [(line["method"], json.dumps(line["budget"]), line["question_id"]) for line in lines]
-    assert len(keys) == len(set(keys)) == 6 * (2 + len(METHODS) * len(settings.budgets))
+    assert len(keys) == len(set(keys)) == 6 * (3 + len(METHODS) * len(settings.budgets))
 
 
 def test_lines_and_rows_are_of_their_types(finished):
@@ -377,7 +377,7 @@ def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
     few = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
     rows = run.evaluate(few, out, restart=True)
     assert len(rows) == 3
-    assert len(read_lines(out)) == 6
+    assert len(read_lines(out)) == 8  # with another question's image, too
 
 
 def test_killed_and_run_again_is_the_run_that_was_not_killed(tiny, tmp_path):  # noqa: F811

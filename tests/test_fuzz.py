@@ -378,6 +378,12 @@ def test_cases_drawn_at_random(chunk):
     )  # not all refused
 
 
+@pytest.mark.parametrize("seed", [2655])
+def test_cases_that_were_wrong_once(seed):
+    """2655: a static cache's mask, cut by sliding windows, was taken for what the prompt's mask hides."""
+    assert check(Case.draw(seed)) == "static"
+
+
 def main() -> None:
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     met, wrong = Counter(), 0

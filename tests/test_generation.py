@@ -5,9 +5,9 @@ import copy
 import oracle
 import pytest
 import torch
-from models import FAMILIES, batch, prompt, rows
+from models import FAMILIES, IMAGE, batch, prompt, rows
 from table import METHODS
-from transformers import DynamicCache, TextStreamer
+from transformers import CompileConfig, DynamicCache, TextStreamer
 from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -211,32 +211,63 @@ def test_layers_on_disk(model, setting, tmp_path):
     """A decoder that is read from disk layer by layer, as by `device_map`, answers as the one in memory."""
     from accelerate import disk_offload
 
-    inputs = prompt(model, (1, 2))
-    expected = vtc.wrap(model, *METHODS[setting]).generate(**inputs, **GREEDY)
+    inputs, few = prompt(model, (1, 2)), GREEDY | {"max_new_tokens": 3}
+    expected = vtc.wrap(model, *METHODS[setting]).generate(**inputs, **few)
     vtc.unwrap(model)
     offloaded = copy.deepcopy(model)
     for number, layer in enumerate(oracle.layers(offloaded)):
         disk_offload(layer, str(tmp_path / str(number)), execution_device="cpu", offload_buffers=True)
     assert all(weight.device.type == "meta" for weight in oracle.layers(offloaded)[0].parameters())
     vtc.wrap(offloaded, *METHODS[setting])
-    assert torch.equal(offloaded.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(offloaded.generate(**inputs, **few), expected)
 
 
 @pytest.mark.parametrize("part", ["decoder layers", "vision tower"])
 @pytest.mark.parametrize("setting", SITES)
-def test_compiled_parts_answer_the_same(llava, setting, part):
+def test_compiled_parts_answer_the_same(setting, part):
     """Also where they were compiled, and ran, before the model was wrapped."""
-    inputs, compiled = prompt(llava, (1, 2)), copy.deepcopy(llava)
-    bare = llava.generate(**inputs, **GREEDY)
-    expected = vtc.wrap(llava, *METHODS[setting]).generate(**inputs, **GREEDY)
-    vtc.unwrap(llava)
+    plain, compiled = (FAMILIES["llava"].build(layers=4) for _ in range(2))
+    inputs, few = prompt(plain, (1, 2)), GREEDY | {"max_new_tokens": 4}
+    bare = plain.generate(**inputs, **few)
+    expected = vtc.wrap(plain, *METHODS[setting]).generate(**inputs, **few)
     for module in oracle.layers(compiled) if part == "decoder layers" else [compiled.model.vision_tower]:
         module.compile(backend="eager")
-    assert torch.equal(compiled.generate(**inputs, **GREEDY), bare)
+    assert torch.equal(compiled.generate(**inputs, **few), bare)
     vtc.wrap(compiled, *METHODS[setting])
-    assert torch.equal(compiled.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(compiled.generate(**inputs, **few), expected)
     vtc.unwrap(compiled)
-    assert torch.equal(compiled.generate(**inputs, **GREEDY), bare)
+    assert torch.equal(compiled.generate(**inputs, **few), bare)
+
+
+@pytest.mark.parametrize("setting", [None, "vtc-cls", "fastv-early"])
+def test_decoding_is_compiled_once(llava, setting, monkeypatch):
+    """Nothing of a call is baked into the graphs: later steps and later prompts find them as they are."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    graphs, compiled = [], copy.deepcopy(llava)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    options = {"do_sample": False, "cache_implementation": "static", "compile_config": config}
+    if setting is None:
+        vtc.wrap(compiled, "uniform", 1.0)
+    else:
+        vtc.wrap(compiled, *METHODS[setting])
+    first, second = prompt(llava, (1,)), prompt(llava, (1,), seed=1)
+    expected = [compiled.generate(**inputs, do_sample=False, max_new_tokens=9) for inputs in (first, second)]
+    with pytest.warns(UserWarning, match="several graphs"):
+        compiled.generate(**first, **options, max_new_tokens=4, max_length=None)
+    before = len(graphs)
+    assert before > 0
+    got = [compiled.generate(**inputs, **options, max_new_tokens=9) for inputs in (first, second)]
+    assert all(map(torch.equal, got, expected))
+    again = len(graphs)
+    compiled.generate(**first, **options, max_new_tokens=9)
+    assert len(graphs) == again
+    torch.compiler.reset()
 
 
 def test_what_torch_compile_returns_is_refused(llava):
@@ -327,3 +358,23 @@ def test_flash_attention_refuses_a_window_that_hides(llava):
             masks_of(model, "flash_attention_2", prompt(model, (1,)))
     finally:
         vtc.unwrap(model)
+
+
+@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
+def test_a_later_mask_cannot_hide_what_a_pruned_cache_holds(setting):
+    """The cache keeps columns, not masks: to hide a token afterwards is refused, not overlooked."""
+    model = FAMILIES["llava"].build()
+    inputs = prompt(model, (1,))
+    word = torch.ones_like(inputs["input_ids"][:, :1])
+    with vtc.compressed(model, *METHODS[setting]) as trace, torch.no_grad():
+        cache = model(**inputs).past_key_values
+        mask = torch.cat((inputs["attention_mask"], word), dim=1)
+        dropped = torch.ones(36, dtype=torch.bool).index_fill(0, trace.kept()[0], False).nonzero()[0, 0]
+        place = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+        gone, held = (mask.index_fill(1, place[token], 0) for token in (dropped, trace.kept()[0][0]))
+        expected = model(input_ids=word, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        if setting == "vtc-cls":  # which left every layer
+            got = model(input_ids=word, attention_mask=gone, past_key_values=copy.deepcopy(cache)).logits
+            assert torch.equal(got, expected)
+        with pytest.raises(ValueError, match="start again from the prompt"):
+            model(input_ids=word, attention_mask=held, past_key_values=cache)

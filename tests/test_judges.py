@@ -9,8 +9,9 @@ import threading
 import oracle
 import pytest
 import torch
+from bare import fingerprint, logits
 from models import FAMILIES, batch, family, prompt, rows, visual
-from table import EACH_KIND, MERGING, METHODS, each_site
+from table import EACH_KIND, HARD, METHODS, each_site, merges
 from table import parametrize as pytest_generate_tests  # noqa: F401
 from transformers import DynamicCache, StaticCache
 
@@ -19,40 +20,6 @@ from vtc.methods.vtc_cls import VtcCls
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
 SITES = ["vtc-cls", "fastv-early", "transprune-high"]
-
-
-@pytest.fixture
-def model(request):
-    yield FAMILIES[request.param].model
-    vtc.unwrap(FAMILIES[request.param].model)
-
-
-@pytest.fixture
-def method(request):
-    return METHODS[request.param]
-
-
-@pytest.fixture
-def llava():
-    yield FAMILIES["llava"].model
-    vtc.unwrap(FAMILIES["llava"].model)
-
-
-def logits(model, inputs, **options):
-    with torch.no_grad():
-        return model(**inputs, **options).logits
-
-
-def merges(method) -> bool:
-    return method[0].name in MERGING and getattr(method[0], "retain", (0,))[0] < 1
-
-
-def fingerprint(model):
-    """Everything on the modules that wrapping could leave behind."""
-    return [
-        (name, sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    ]
 
 
 # -- 1. an attention mask that hides visual tokens -----------------------------------------------------------------
@@ -98,7 +65,7 @@ def hidden_prompt(model, what: str, pad: str) -> dict:
     return hide(prompt(model, (2, 1), pad=pad), what)
 
 
-CELLS = [("llava", setting, what) for setting in METHODS for what in HIDDEN]
+CELLS = [("llava", setting, what) for setting in HARD for what in HIDDEN]
 """Every method with every mask on the first family; on the others each of one and of the other, not each of both."""
 CELLS += [
     (name, setting, HIDDEN[(first + number) % len(HIDDEN)])
@@ -128,7 +95,7 @@ def test_hidden_tokens_are_none(name, setting, what):
                 assert len(alive) == shown[row].sum()
         held = (text + trace.tokens_per_layer[:, layer]).max()
         assert out.past_key_values.layers[layer].get_seq_length() in (held, inputs["input_ids"].shape[1])
-    if merges(method):
+    if merges(setting):
         return
     expected = oracle.masked_logits(model, trace, inputs, inputs["input_ids"][:, :0])
     stays = oracle.visible_keys(model, trace, inputs)[-1]
@@ -146,7 +113,7 @@ def test_hidden_tokens_in_generation(name, setting, what):
     trace, length = model.vtc.trace, inputs["input_ids"].shape[1]
     vtc.unwrap(model)
     new = out.sequences[:, length:]
-    if merges(method):
+    if merges(setting):
         return
     expected = oracle.masked_logits(model, trace, inputs, new[:, :-1])[:, length - 1 :]
     real = inputs["attention_mask"].any(1)  # of a row of nothing, nothing is promised

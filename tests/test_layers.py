@@ -70,6 +70,6 @@ def test_the_command_writes_picture_and_figures(tiny, tmp_path):  # noqa: F811
 
 def test_tune_searches_the_layers_that_there_are(tiny):  # noqa: F811
     reader = load(str(tiny), "cpu")
-    assert tune.searched(reader, Tally) == {"power": (1.0, 4.0), "layer": (1, 7)}
-    assert tune.searched(reader, FastV) == {"layer": (1, 7)}
+    assert tune.searched(reader, Tally()) == {"power": (1.0, 4.0), "layer": (1, 7)}
+    assert tune.searched(reader, FastV()) == {"layer": (1, 7)}
     assert "vtc" not in vars(reader.model)

@@ -210,11 +210,11 @@ def test_images_that_become_different_numbers_of_tokens(model, monkeypatch):
     assert counts == {"uniform": full, "vtc-cls": [tokens // 4 for tokens in full], "random": [8, 8]}
 
 
-def test_videos_are_refused():
-    from vtc.eval.suite_model import chat
+def test_sounds_are_refused():
+    from vtc.eval.suite_model import document
 
-    with pytest.raises(NotImplementedError, match="no video"):
-        chat([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
+    with pytest.raises(NotImplementedError, match="no sound"):
+        document([{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}], 4)
 
 
 def test_a_model_spread_over_devices_answers_the_same(model):

@@ -36,7 +36,12 @@ def test_as_a_run_at_the_other_budget(family, name, other):
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [("transprune", "scores anew"), ("tome", "differently at each budget"), ("atp", "decides by what it sees")],
+    [
+        ("transprune", "scores anew"),
+        ("tome", "differently at each budget"),
+        ("atp", "decides by what it sees"),
+        ("visionzip", "compares what it sees"),
+    ],
 )
 def test_where_the_scores_would_be_others(method, reason):
     model = FAMILIES["llava"].model

@@ -148,7 +148,7 @@ def requests_of(task, number):
 
 def likelihood(model, request):
     """Token by token on a copy of the pruned prompt's cache, as generation would go on."""
-    (chat, images), answer = model._document(request), model._target(request)
+    (chat, images, _), answer = model._document(request), model._target(request)
     inputs = model.reader.chats([chat], [images])
     mask, losses = inputs["attention_mask"], []
     with torch.inference_mode():
@@ -194,6 +194,6 @@ def test_several_rounds(model):
 
 
 def suites_chat(messages):
-    from vtc.eval.suite_model import chat
+    from vtc.eval.suite_model import document
 
-    return chat(messages)
+    return document(messages, 4)

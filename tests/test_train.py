@@ -115,7 +115,7 @@ def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, t
 def test_tune_searches_what_the_model_can_do(family, capsys):
     reader = Reader(FAMILIES[family].model, None)
     left_out = {"alpha"} if family.startswith("qwen") else set()
-    assert set(tune.searched(reader, VFlowOpt)) == set(VFlowOpt.space) - left_out
+    assert set(tune.searched(reader, VFlowOpt())) == set(VFlowOpt.space) - left_out
     assert ("alpha stays as it is: this method looks at the pixels" in capsys.readouterr().err) is bool(left_out)
 
 
@@ -183,7 +183,7 @@ def test_hiding_tokens_is_dropping_them(checkpoint):
     torch.testing.assert_close(hidden, pruned, atol=1e-4, rtol=1e-4)
 
 
-# -- the commands, as processes ---------------------------------------------------------------------------------------
+# -- the commands -----------------------------------------------------------------------------------------------------
 
 
 def succeeded(*arguments):

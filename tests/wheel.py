@@ -32,6 +32,7 @@ COMMANDS = {
     "tasks": set(),
     "ask photo.png what": set(),
     "bench --model REFERENCE --rounds 1 --new-tokens 1": set(),
+    "selection --model REFERENCE --methods vtc-cls --rounds 1": set(),
     "peers --model REFERENCE --budgets 0.5 --rounds 1": set(),
     "throughput --model REFERENCE --count 2 --rounds 1 --new-tokens 1": set(),
     "scene --out scene.png": {"eval"},

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from vtc.adapter import Adapter, register
     from vtc.budget import BudgetError
     from vtc.choice import Choice, Seen
-    from vtc.methods import find_method, list_methods
+    from vtc.methods import list_methods
     from vtc.methods.atp import Atp
+    from vtc.methods.compose import Chain, find_method
     from vtc.methods.fastv import FastV
     from vtc.methods.random import Random
     from vtc.methods.random_kv import RandomKv
@@ -42,6 +43,7 @@ _HOMES = {
     "Budget": "stage",
     "BudgetError": "budget",
     "Cache": "stage",
+    "Chain": "methods.compose",
     "Choice": "choice",
     "FastV": "methods.fastv",
     "Method": "stage",
@@ -60,7 +62,7 @@ _HOMES = {
     "VFlowOpt": "methods.vflowopt",
     "VtcCls": "methods.vtc_cls",
     "compressed": "wrapping",
-    "find_method": "methods",
+    "find_method": "methods.compose",
     "list_methods": "methods",
     "prefix": "sharing",
     "register": "adapter",
@@ -73,6 +75,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Cache",
+    "Chain",
     "Choice",
     "FastV",
     "Method",

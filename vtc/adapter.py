@@ -67,10 +67,8 @@ class Adapter:
 
     def placeholders(self) -> dict[str, int]:
         """The token that stands for visual tokens in a prompt, by modality: "image", and "video" where there is one."""
-        found = {"image": self.image_token_id}
-        if hasattr(self.backbone, "get_video_features"):
-            found["video"] = self.model.config.video_token_id
-        return found
+        films = hasattr(self.backbone, "get_video_features")
+        return {"image": self.image_token_id} | ({"video": self.model.config.video_token_id} if films else {})
 
     def decoder_attention(self, layer: HfModule) -> Attention:
         """The attention parts of one decoder layer."""
@@ -82,8 +80,7 @@ class Adapter:
 
     def window(self, layer: HfModule) -> int | None:
         """How many positions back a decoder layer sees; None where it sees all."""
-        attention = layer.self_attn
-        return getattr(attention, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
+        return getattr(layer.self_attn, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
 
     def branches(self, layer: HfModule) -> dict[str, HfModule]:
         """The modules of one decoder layer whose outputs are what goes into and comes out of its two residual branches.
@@ -96,6 +93,10 @@ class Adapter:
             names = "input_layernorm self_attn post_attention_layernorm mlp"
         labels = ("attention in", "attention out", "feed-forward in", "feed-forward out")
         return {label: getattr(layer, name) for label, name in zip(labels, names.split(), strict=True)}
+
+    def rotary_tables(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (batch or 1, length, head_dim) of decoder layer 0, for positions (..., batch, length)."""
+        return self.decoder.rotary_emb(hidden, positions)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of (batch, heads, length, head_dim) by (batch, length, head_dim), half-split convention."""
@@ -205,20 +206,19 @@ class Adapter:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(
-                f"{tokens} visual tokens are not a square grid; {type(self).__name__} must say what they are"
-            )
+            raise ValueError(f"{tokens} visual tokens are not a square grid, and {type(self).__name__} names no other")
         return side, side
 
     def shape(self) -> Shape:
-        heads = self.decoder_attention(self.layers[0]).key_heads
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads)
+        heads, config = self.decoder_attention(self.layers[0]).key_heads, self.decoder.config
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, blocks, bits = len(self.layers), len(self.tower_blocks()), 8 * self.model.dtype.itemsize
+        return Shape(layers, blocks, self.has_cls(), heads, channels, bits)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
     """Class decorator: serve `adapter.model_types`."""
-    for model_type in adapter.model_types:
-        ADAPTERS[model_type] = adapter
+    ADAPTERS.update(dict.fromkeys(adapter.model_types, adapter))
     return adapter
 
 

@@ -43,6 +43,11 @@ class Call:
     def __post_init__(self) -> None:
         self.record = {need: {} for need in self.compression.needs}
 
+    @property
+    def generates(self) -> bool:
+        """Whether generate() makes this call."""
+        return self.prompt is not None
+
     def ahead(self, total: int) -> int:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
         answer to be rated."""
@@ -71,12 +76,12 @@ class Call:
                 return mask
         if not held.is_static(cache) or cache.get_seq_length():
             return None
-        # generate() prepares masks ahead for static caches: the last token of a prompt sees all that is real
+        # generate() prepares masks ahead for static caches: there what is real sees itself, whatever its window hides
         given = given.get("full_attention") if isinstance(given, dict) else given
         if given is None:
             return None
-        row = given[:, 0, -1, : kwargs["inputs_embeds"].shape[1]]
-        return row if row.dtype == torch.bool else row == 0
+        own = given[:, 0].diagonal(dim1=1, dim2=2)[:, : kwargs["inputs_embeds"].shape[1]]
+        return own if own.dtype == torch.bool else own == 0
 
     def blocks(self, seen: int, ahead: int, device: torch.device) -> Tensor | None:
         """(batch, length) int64: see `Adapter.blocks`; none after a prompt."""

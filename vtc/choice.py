@@ -28,12 +28,12 @@ class Seen:
         """(images, channels, tokens) float32, over the tokens that are left."""
         return self.rows[need]
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token in its own grid, both (images, tokens)."""
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of its image's grids each token is in, and its row and column there, all (images, tokens)."""
         longest = max(map(cells, self.parts))
         table = torch.stack([places(tuple(grids), longest) for grids in self.parts]).to(self.index.device)
-        row, column = table.gather(2, self.index[:, None].expand(-1, 2, -1)).unbind(1)
-        return row, column
+        grid, row, column = table.gather(2, self.index[:, None].expand(-1, 3, -1)).unbind(1)
+        return grid, row, column
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,13 @@ class Choice:
     """(images, tokens) bool; at a cache also (images, key_heads, tokens), equally many for each head."""
     into: Tensor | None = None
     """(images, tokens) int64, a source map (see `merge`): None where all the others are dropped."""
+    mass: Tensor | None = None
+    """(images, tokens) float32: how much each one counts in the mean of those that become one; None: as its score."""
     weight: Tensor | None = None
     """(images, tokens) float32: as how many tokens each one counts as a key, in all later layers; None: as one."""
+    bits: Tensor | None = None
+    """(images, tokens), or (images, key_heads, tokens), int64: the bits a number that a cache keeps each token at, of a
+    stage with a `Precision`; 16 and more: as it is. None: all as they are."""
     gate: Tensor | None = None
     """(images, tokens) in (0, 1), in training: nothing leaves, and tokens count, as keys, only so much from here on."""
 
@@ -58,4 +63,6 @@ def by_head(select: Callable[[Tensor, Seen, Tensor], Choice], scores: Tensor, se
     valid, index, number = (x.repeat_interleave(heads, dim=0) for x in (seen.valid, seen.index, keep))
     parts = [grids for grids in seen.parts for _ in range(heads)]
     choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts), number)
+    if choice.bits is not None:
+        return Choice(seen.valid, bits=choice.bits.view(images, heads, -1))
     return Choice(choice.keep.view(images, heads, -1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.compact import Plan, gather
+from vtc.compact import Plan, gather, plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,20 @@ class Columns:
             place = place.masked_fill(~plan.real, -1)
         weight = None if self.weight is None else gather(self.weight.flatten(0, -2), plan.index).view(shape)
         return Columns(place.view(shape), plan.real is not None, False, weight)
+
+    def staying(self, before: Columns, stays: Tensor, lengths: list[int]) -> tuple[Columns, Tensor]:
+        """What stays of the keys of a layer, which are those `before` and then a stream's.
+
+        That is all of the first, and of the second where `stays` (batch, [key_heads,] length) bool says so, `lengths`
+        in each row. Returns columns, and where they were: (batch, key_heads or 1, kept) int64.
+        """
+        now = self.by_head(stays.shape[1]) if stays.ndim > self.place.ndim else self
+        heads, everything = now.place[0].numel() // now.length, now.place >= 0
+        everything[..., before.length :] = stays if stays.ndim == everything.ndim else stays[:, None]
+        counts = torch.tensor(lengths)[:, None].expand(-1, heads)
+        held = everything[..., : before.length].sum(-1).view(-1, heads).cpu() if before.ragged else before.length
+        chosen = plan(everything.flatten(0, -2), (counts + held).flatten().tolist())
+        return now.kept(chosen), chosen.index.view(len(now.place), heads, -1)
 
     def by_head(self, heads: int) -> Columns:
         """The same for each of a layer's key heads."""

@@ -45,6 +45,12 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return x.gather(dim, index.expand(shape))
 
 
+def gather_heads(x: Tensor, index: Tensor) -> Tensor:
+    """The same of (batch, heads, length, ...), with a (batch, heads or 1, kept) index."""
+    index = index.expand(-1, x.shape[1], -1).flatten(0, 1)
+    return gather(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+
+
 def change(x: Tensor, row: Tensor, position: Tensor, valid: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
     """x (batch, length, width) with new(features) in place of the features at `position` (images, tokens) of `row`."""
     row = row[:, None].expand_as(position)

@@ -57,6 +57,6 @@ class Compression:
     def publish(self, trace: Trace) -> None:
         self._last.trace = self._latest = trace
 
-    def keep(self, tokens: int) -> tuple[int, ...]:
-        """How many of an image's `tokens` stay after each stage."""
+    def keep(self, tokens: int) -> tuple[float, ...]:
+        """How many of an image's `tokens` stay after each stage: see `counts`."""
         return counts(self.method, tokens, self.budget, self.shape)

@@ -62,14 +62,15 @@ class Forward:
 
     @classmethod
     def of(cls, call: Call, kwargs: dict[str, Any]) -> Forward:
-        """The forward of a call whose text model is about to run with `kwargs`: where its images are, what the cache
-        holds, whether anything leaves."""
+        """The forward of a call whose text model is about to run with `kwargs`."""
         embeds, cache, compression = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.compression
         (batch, length), device, adapter = embeds.shape[:2], embeds.device, compression.adapter
         call.started, mask, before, real = Clock.now(device), call.mask(kwargs, cache), None, None
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
+        if before is not None and not (call.generates and length == 1):  # generate() makes the masks of its steps
+            past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
         visibility, ahead = Visibility(adapter, past.seen, past.seen + length), call.ahead(past.seen + length)
@@ -82,7 +83,7 @@ class Forward:
         compression, stream = self.compression, self.stream
         kept = [compression.keep(count) for count in stream.counts]
         drops = any(counts and min(counts) < count for counts, count in zip(kept, stream.counts, strict=True))
-        self.busy = drops or not all(columns.whole for columns in self.past.layers)
+        self.busy = drops or self.past.pruned
         if stream.images or self.past.trace.depth == 0:
             sizes = [image.image.tokens for image in stream.images]
             trace = Trace(compression.shape.decoder_layers, batch, stream.batch_rows, sizes, stream.grids)
@@ -103,6 +104,10 @@ class Forward:
         kwargs, self.call.late = adapter.late_features(kwargs)
         self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.device)
         embeds = kwargs["inputs_embeds"]
+        needs = [need for _, stage in self._stages(0) for need in stage.needs]
+        if not all(need.tower for need in needs):
+            self.tables[0] = adapter.rotary_tables(embeds, self.past.positions(kwargs))
+            self._observe(needs, embeds)
         for number, stage in self._stages(0):
             embeds = self._run(number, stage, embeds)
         self.entry = self.stream
@@ -118,11 +123,7 @@ class Forward:
 
     def _positions(self, kwargs: dict[str, Any], entered: Stream) -> Tensor:
         """(..., batch, length): the positions of what is left; the original ones, unless a stage renumbers."""
-        positions, shift = kwargs.get("position_ids"), self.past.shift
-        if positions is None:
-            positions = torch.arange(entered.length, device=kwargs["inputs_embeds"].device)[None] + self.past.seen
-        if shift is not None:
-            positions = positions - shift
+        positions, shift = self.past.positions(kwargs), self.past.shift
         if any(stage.contiguous for _, stage in self._stages(0)):
             if positions.ndim == 3:
                 raise ValueError("positions in time, height and width cannot be renumbered: keep the original ones")
@@ -135,10 +136,10 @@ class Forward:
 
     def _stages(self, site: Site) -> list[tuple[int, Stage]]:
         stages = self.compression.stages if self.stream.images else ()  # decoding has nothing to look for
-        return [(number, stage) for number, stage in enumerate(stages) if stage.site == site]
+        return [(number, stage) for number, stage in enumerate(stages) if stage.due == site]
 
-    def _counts(self, number: int) -> list[int]:
-        """How many tokens of each image a stage leaves, of those that came in."""
+    def _counts(self, number: int) -> list[Any]:
+        """How many tokens of each image a stage leaves, of those that came in; whole numbers but for a `Precision`."""
         return [self.compression.keep(image.shown)[number] for image in self.stream.images]
 
     def _run(self, number: int, stage: Stage, hidden: Tensor) -> Tensor:
@@ -165,19 +166,18 @@ class Forward:
         with clock.timed("score", device):
             scores = stage.score(seen)
         with clock.timed("select", device):
-            choice = by_head(stage.select, scores, seen, torch.tensor(counts, device=device))
+            choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
         self._note(stage, choice, scores)
         return choice, scores
 
     def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
-        scores, stream = None if scores is None else scores.detach(), self.stream
-        self.past.trace.stages.append(
-            StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, choice.into, choice.gate)
-        )
+        scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
+        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
+        what = choice.into, choice.gate, choice.bits, size
+        self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled layers compute; what happens between them is no part of their graphs
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The whole story of a decoder layer: observe, let the stages choose, and hand on what the layer reads."""
         tables, late = kwargs["position_embeddings"], self.call.late
@@ -198,16 +198,15 @@ class Forward:
         own = {"attention_mask": mask, "position_embeddings": self.tables[layer], "position_ids": None}
         return hidden, {**kwargs, **own}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_layer(self, layer: int, hidden: Tensor) -> None:
-        """What the stages at its cache leave of a layer's keys and values; the stream goes on as it is."""
+        """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                (columns, source), stays = self.layers[layer], self.stream.stays(chosen[0].keep)
-                lengths = self.stream.lengths_after(self._counts(number))
-                columns = held.evict(self.cache, layer, self.past.layers[layer], columns, stays, lengths)
-                self.layers[layer] = columns, source
+                of = stage.site.layer if isinstance(stage.site, Cache) else layer
+                (now, source), before = self.layers[of], self.past.layers[of]
+                kept = self.stream, chosen[0], self._counts(number), stage.precision
+                self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""

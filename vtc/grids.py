@@ -21,8 +21,10 @@ def cells(grids: Sequence[Grid]) -> int:
 
 @lru_cache(maxsize=256)
 def places(grids: tuple[Grid, ...], length: int) -> Tensor:
-    """Row and column of each token in its own one of `grids`, in token order: (2, length) int64, filled up with 0."""
-    found = torch.cat([torch.cartesian_prod(torch.arange(high), torch.arange(wide)) for high, wide in grids]).T
+    """Which of `grids` each token is in, in token order, and its row and column there: (3, length) int64, filled up
+    with 0."""
+    axes = [[torch.tensor([number]), *map(torch.arange, grid)] for number, grid in enumerate(grids)]
+    found = torch.cat([torch.cartesian_prod(*three) for three in axes]).T
     return torch.nn.functional.pad(found, (0, length - found.shape[1]))
 
 

@@ -17,7 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import vtc.compact as compact
+from vtc.choice import Choice
 from vtc.columns import Columns
+from vtc.packed_layer import PackedLayer
+from vtc.precision import Precision
+from vtc.stream import Stream
 from vtc.trace import Trace
 
 
@@ -46,6 +50,19 @@ class Held:
         seen = 0 if cache is None else int(cache.get_seq_length())
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
+    def check(self, shown: Tensor) -> None:
+        """Raise ValueError where a mask `shown` (batch, seen) bool hides what was not hidden when it went into
+        a pruned cache, which holds it still. That waits for the device."""
+        if not self.pruned or shown.shape[1] != self.seen:
+            return
+        for columns in {id(columns): columns for columns in self.layers}.values():
+            place = columns.place.flatten(1)
+            if bool((~shown.gather(1, place.clamp(min=0).to(shown.device)) & (place >= 0).to(shown.device)).any()):
+                raise ValueError(
+                    "the attention mask hides tokens that it showed when they went into this pruned cache: start again "
+                    "from the prompt"
+                )
+
     def _as_cropped(self, held: int) -> Held:
         count = self.layers[0].length - held
         if not 0 <= count <= self.tail:
@@ -57,6 +74,11 @@ class Held:
             self, seen=self.seen - count, layers=self._each(lambda x: x.cropped(count)), tail=self.tail - count
         )
 
+    @property
+    def pruned(self) -> bool:
+        """Whether any token has left any layer."""
+        return not all(columns.whole for columns in self.layers)
+
     def _each(self, change: Callable[[Columns], Columns]) -> tuple[Columns, ...]:
         changed = {id(columns): change(columns) for columns in self.layers}
         return tuple(changed[id(columns)] for columns in self.layers)
@@ -65,6 +87,13 @@ class Held:
         """Of other rows of the batch."""
         shift = None if self.shift is None else self.shift[index.to(self.shift.device)]
         return replace(self, layers=self._each(lambda columns: columns.rows(index)), shift=shift)
+
+    def positions(self, kwargs: dict[str, Any]) -> Tensor:
+        """(..., batch or 1, length): where a text model that is called with `kwargs` would put its tokens."""
+        if (positions := kwargs.get("position_ids")) is None:
+            embeds = kwargs["inputs_embeds"]
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.seen
+        return positions if self.shift is None else positions - self.shift
 
     def attach(self, cache: Any) -> None:
         """Leave the state on the cache, for the next call."""
@@ -119,6 +148,13 @@ def held_length(cache: Any, layer: int = 0) -> int:
     return cache.layers[layer].get_seq_length() if layer < len(cache.layers) else 0
 
 
+def nbytes(cache: Any) -> int:
+    """Bytes of the keys and values that all layers of a cache hold, and of what it takes to read packed ones."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    parts = ([layer] if isinstance(layer, PackedLayer) else [layer.keys, layer.values] for layer in layers)
+    return sum(x.nbytes for part in parts for x in part)
+
+
 def is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 
@@ -131,12 +167,35 @@ def sizes(cache: Any, layer: int, new: int) -> tuple[int, int]:
 def keys(cache: Any, layer: int, count: int) -> Tensor:
     """The first `count` keys of a layer: (batch, key_heads, count, head_dim). Raises ValueError where it has not."""
     held = cache.layers[layer]
+    if isinstance(held, PackedLayer):
+        return held.read()[0][:, :, :count]
     if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
         raise ValueError(
             f"{type(held).__name__} does not hold all past keys as they were, and this method looks at them: "
             "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
         )
     return held.keys[:, :, :count]
+
+
+def evictable(cache: Any, layer: int) -> Any:
+    """A layer of a cache, which can give back what it has taken in: `keys` and `values`, (batch, key_heads, length,
+    head_dim). Raises ValueError for those that cannot: none, or one of a fixed size, quantised, or with windows."""
+    if cache is None:
+        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
+    if (kind := type(cache.layers[layer])) is not DynamicLayer:
+        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
+    return cache.layers[layer]
+
+
+def packable(cache: Any, layer: int) -> Any:
+    """The same, or one that holds packed tokens already."""
+    return cache.layers[layer] if cache and isinstance(cache.layers[layer], PackedLayer) else evictable(cache, layer)
+
+
+def pair(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of a layer: (batch, key_heads, length, head_dim). Raises ValueError as `evictable`."""
+    held = packable(cache, layer)
+    return held.read() if isinstance(held, PackedLayer) else (held.keys, held.values)
 
 
 def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, lengths: list[int]) -> Columns:
@@ -147,27 +206,44 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
         now: that, and the stream's.
         stays: (batch, [key_heads,] length) bool: what stays of the stream.
         lengths: how many that are in each row.
-
-    Raises ValueError for caches that cannot give back: none, or one of a fixed size, quantised, or with windows.
     """
-    if cache is None:
-        raise ValueError("this method drops from the cache, and this call has none: use_cache=True")
-    if (kind := type(cache.layers[layer])) is not DynamicLayer:
-        raise ValueError(f"tokens can leave a DynamicLayer of a cache, not this {kind.__name__}")
-    held = cache.layers[layer]
-    if stays.ndim > now.place.ndim:
-        now = now.by_head(stays.shape[1])
-    heads = now.place[0].numel() // now.length
-    everything = now.place >= 0
-    everything[..., before.length :] = stays if stays.ndim == everything.ndim else stays[:, None]
-    counts = torch.tensor(lengths)[:, None].expand(-1, heads)
-    counts = counts + (
-        everything[..., : before.length].sum(-1).view(-1, heads).cpu() if before.ragged else before.length
-    )
-    plan = compact.plan(everything.flatten(0, -2), counts.flatten().tolist())
-    batch, every = now.place.shape[0], held.keys.shape[1]
-    index = plan.index.view(batch, heads, -1).expand(-1, every, -1).flatten(0, 1)
-    held.keys, held.values = (
-        compact.gather(x.flatten(0, 1), index).unflatten(0, (batch, every)) for x in (held.keys, held.values)
-    )
-    return now.kept(plan)
+    held = evictable(cache, layer)
+    kept, index = now.staying(before, stays, lengths)
+    held.keys, held.values = (compact.gather_heads(x, index) for x in (held.keys, held.values))
+    return kept
+
+
+def keep(
+    cache: Any,
+    layer: int,
+    before: Columns,
+    now: Columns,
+    stream: Stream,
+    choice: Choice,
+    counts: list[Any],
+    precision: Precision | None,
+) -> Columns:
+    """Leave of a `stream`, which a layer of a cache has just taken in, what was chosen; what it holds after that.
+
+    `counts` visual tokens of each image are left, or all of them at fewer bits. The rest as in `evict`.
+    """
+    if choice.bits is None:
+        return evict(cache, layer, before, now, stream.stays(choice.keep), stream.lengths_after(counts))
+    if precision is None:
+        raise ValueError("a choice of bits needs a stage that says how they are packed: Stage(..., precision=...)")
+    held = packable(cache, layer)
+    if cache.offloading:
+        raise ValueError("a cache that is offloaded cannot be packed: keep it on the model's device")
+    if held.dtype.itemsize * 8 != precision.native:
+        raise ValueError(
+            f"the cache is {held.dtype}, and the model had {precision.native} bits a number: wrap it again"
+        )
+    heads, reach = held.keys.shape[1], None
+    place = now.by_head(heads).place - stream.start
+    bits = stream.graded(choice.bits).expand(-1, heads, -1).gather(2, place.clamp(min=0)).masked_fill(place < 0, 0)
+    if precision.reach is not None:
+        reach = torch.ones(len(bits), heads * precision.head_dim, device=bits.device)
+        reach[stream.row] = stream.rows[precision.reach][..., 0]
+        reach = reach.view(len(bits), heads, -1)
+    PackedLayer.made_of(held).pack(bits, precision, reach)
+    return now

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -82,21 +84,34 @@ class Hooks(InForce):
         self._patches += skippable(self.adapter)
 
     def _hang(self) -> list[Any]:
-        backbone, decoder = self.adapter.backbone, self.adapter.decoder
-        handles = [
-            backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
-            backbone.register_forward_hook(self._leave, always_call=True),
-            decoder.register_forward_pre_hook(_enter_decoder, with_kwargs=True),
-            decoder.register_forward_hook(_leave_decoder),
+        pairs = [
+            (self.adapter.backbone, self._enter, self._leave),
+            (self.adapter.decoder, _enter_decoder, _leave_decoder),
         ]
-        for number, layer in enumerate(self.adapter.layers):
-            enter, leave = functools.partial(_enter_layer, number), functools.partial(_leave_layer, number)
-            handles += [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
-        return handles
+        pairs += [
+            (layer, functools.partial(_enter_layer, number), functools.partial(_leave_layer, number))
+            for number, layer in enumerate(self.adapter.layers)
+        ]
+        # compiled modules compute; what happens before and after them is no part of their graphs
+        own = [(part, *map(torch.compiler.disable, hooks)) for part, *hooks in pairs]
+        return [
+            handle
+            for part, enter, leave in own
+            for handle in (
+                part.register_forward_pre_hook(enter, with_kwargs=True),
+                part.register_forward_hook(leave, always_call=part is self.adapter.backbone),
+            )
+        ]
 
     # -- a call ---------------------------------------------------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("generation_config") or self.model.generation_config
+        config = kwargs.get("compile_config") or getattr(given, "compile_config", None)
+        if config is not None and config.fullgraph:
+            warnings.warn("a wrapped model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
+            kwargs["compile_config"] = copy.copy(config)
+            kwargs["compile_config"].fullgraph = False
         with self.generating(prompt_length(args, kwargs)):
             return original(*args, **kwargs)
 

@@ -18,6 +18,10 @@ class Need:
     layer: int
 
     tower: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
+    """Whether the row depends on the text of the prompt."""
+    changes: ClassVar[bool] = False
+    """Whether its hooks also change what the tower makes of an image."""
 
     @property
     def before(self) -> int:

@@ -7,15 +7,18 @@ hook keeps, and how they become one row over the visual tokens, in float32. Noth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from vtc.adapter import Adapter
 from vtc.attention import TowerStates, attention_rows
 from vtc.compact import gather
 from vtc.need import Need
+from vtc.stage import Shape
 from vtc.view import View
 
 
@@ -82,29 +85,101 @@ QUERY_BLOCK = 64
 """Queries whose attention rows are held at once."""
 
 
-@dataclass(frozen=True)
-class LastTokenRow(Need):
-    """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {"query": attention.query, "key": attention.key}
-
-    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        last = view.last_positions()
-        rows = view.rows(self.layer, gather(record["query"], last), record["key"], last)
-        return view.of_tokens(rows[:, :, 0])
+def salience(shape: Shape, layer: int) -> Need:
+    """How much a patch is looked at in block `layer` of the tower: by the CLS token, or by all patches without one."""
+    return (ClsRow if shape.cls else ReceivedAttention)(layer)
 
 
 @dataclass(frozen=True)
-class TextRow(Need):
-    """Attention that the text after an image pays it in decoder layer `layer`: (images, 1, tokens).
+class PatchStates(Need):
+    """The states of the patches after a tower's block: (crops, width, patches).
 
-    The mean over heads and over the image's later text tokens up to the prompt's end.
+    A tower's last norm, where its projector reads one, comes later. A visual token of several patches has their mean.
     """
 
-    ahead: bool = True
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {"states": adapter.tower_blocks()[self.layer]}
+
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        return tower.adapter.patches(record["states"], tower.call).float().transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class PatchKeys(Need):
+    """The keys of the patches in a tower's block, after the rotary embedding where there is one, its heads one after
+    the other: (crops, heads * head_dim, patches)."""
+
+    tower: ClassVar[bool] = True
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
+
+    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
+        key = tower.states(self.layer, record).key[:, :, int(tower.adapter.has_cls()) :]
+        return rearrange(key.float(), "crop head patch dim -> crop (head dim) patch")
+
+
+@dataclass(frozen=True)
+class TokenStates(Need):
+    """The states of the visual tokens that enter decoder layer `layer`: (images, width, tokens).
+
+    At layer 0, where stages before the decoder have them too, these are the projected features.
+    """
+
+    @property
+    def before(self) -> int:
+        return self.layer
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {}
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        return view.of_tokens(view.hidden.transpose(1, 2)).float()
+
+
+@dataclass(frozen=True)
+class Keys(Need):
+    """The keys of the visual tokens in decoder layer `layer`, as its cache holds them, its heads one after the other:
+    (images, key_heads * head_dim, tokens)."""
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {"key": adapter.decoder_attention(adapter.layers[self.layer]).key}
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        attention = view.adapter.decoder_attention(view.adapter.layers[self.layer])
+        key = view.rotated(self.layer, attention.keys(record["key"]))
+        return view.of_tokens(rearrange(key.float(), "batch head token dim -> batch (head dim) token"))
+
+
+@dataclass(frozen=True)
+class QuestionCosine(TokenStates):
+    """Cosine of each visual token with the text after the image, both as they enter decoder layer `layer`:
+    (images, 1, tokens). The "mean" over the text tokens or their "max"; 0 where there is no such text."""
+
+    over: Literal["mean", "max"] = "mean"
+
+    reads_text: ClassVar[bool] = True
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        positions, asks = view.text_after_images()
+        text = gather(view.hidden, positions).float()[view.stream.row]
+        cosines = normalize(super().row(record, view), dim=1).transpose(1, 2) @ normalize(text, dim=2).transpose(1, 2)
+        if self.over == "mean":
+            return ((cosines * asks[:, None]).sum(2) / asks.sum(1, keepdim=True).clamp(min=1))[:, None]
+        highest = cosines.masked_fill(asks[:, None] == 0, -1).amax(2)
+        return highest.where(asks.any(1, keepdim=True), 0)[:, None]
+
+
+@dataclass(frozen=True)
+class DecoderRow(Need):
+    """Attention that a few tokens of the prompt pay in decoder layer `layer`."""
+
+    ahead: bool = False
     """Whether the row is that of a layer that has not run yet, on the states that are about to enter it."""
+
+    reads_text: ClassVar[bool] = True
 
     @property
     def before(self) -> int:
@@ -114,15 +189,34 @@ class TextRow(Need):
         attention = adapter.decoder_attention(adapter.layers[self.layer])
         return {} if self.ahead else {"query": attention.query, "key": attention.key}
 
+    def paid(self, record: dict[str, Tensor], view: View, positions: Tensor) -> Tensor:
+        """What the tokens at `positions` (batch, queries) pay: (batch, heads, queries, length) float32."""
+        if not self.ahead:
+            return view.rows(self.layer, gather(record["query"], positions), record["key"], positions)
+        layer = view.adapter.layers[self.layer]
+        attention, hidden = view.adapter.decoder_attention(layer), layer.input_layernorm(view.hidden)
+        return view.rows(self.layer, attention.query(gather(hidden, positions)), attention.key(hidden), positions)
+
+
+@dataclass(frozen=True)
+class LastTokenRow(DecoderRow):
+    """Post-softmax attention of the last prompt token in decoder layer `layer`: (images, heads, tokens)."""
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        return view.of_tokens(self.paid(record, view, view.last_positions())[:, :, 0])
+
+
+@dataclass(frozen=True)
+class TextRow(DecoderRow):
+    """Attention that the text after an image pays it in decoder layer `layer`: (images, 1, tokens).
+
+    The mean over heads and over the image's later text tokens up to the prompt's end.
+    """
+
+    ahead: bool = True
+
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         positions, asks = view.text_after_images()
-        if self.ahead:
-            layer = view.adapter.layers[self.layer]
-            attention = view.adapter.decoder_attention(layer)
-            hidden = layer.input_layernorm(view.hidden)
-            query, key = attention.query(gather(hidden, positions)), attention.key(hidden)
-        else:
-            query, key = gather(record["query"], positions), record["key"]
-        rows = view.rows(self.layer, query, key, positions)
+        rows = self.paid(record, view, positions)
         weights = asks / asks.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("iqn,iq->in", view.of_tokens(rows.mean(1)), weights)[:, None]

@@ -10,7 +10,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import vtc.select as select
 from vtc.choice import Choice, Seen
 from vtc.need import Need
+from vtc.precision import Precision
 
 Budget = int | float
 """Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""
@@ -29,6 +30,8 @@ Layer = Annotated[int, Field(ge=1)]
 """The number of a decoder layer that tokens leave before; its score is seen in the one before."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of the whole."""
+EVIDENCE = "evidence"
+"""The entry of a method's JSON file that nobody reads but people."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,15 @@ class Shape:
     """Whether the vision tower has a CLS token beside the patches."""
     key_heads: int = 1
     """Heads of keys and values in a decoder layer."""
+    head_dim: int = 128
+    """Channels of each."""
+    bits: int = 16
+    """Of a number that the model computes with."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in the caches of all decoder layers."""
+        return self.decoder_layers * 2 * self.key_heads * self.head_dim * self.bits // 8
 
     def layers(self, chosen: tuple[int, ...] | None, *paper: int, of: int) -> tuple[int, ...]:
         """The decoder layers that a method prunes before: `chosen`, or without a choice its paper's.
@@ -72,6 +84,8 @@ class Cache:
     """
 
     layer: int
+    after: int | None = field(default=None, compare=False)
+    """The later decoder layer that has to have run, too, before this one's cache is looked at."""
 
 
 Site = int | Cache
@@ -97,6 +111,15 @@ class Stage:
     select: Select = field(default=select.top_k)
     contiguous: bool = False
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
+    precision: Precision | None = None
+    """At a cache: its tokens stay, at fewer bits, and `select` is asked for what is worth as much as `keep` tokens."""
+
+    @property
+    def due(self) -> Site:
+        """Where it is run: at its site, or behind a later decoder layer."""
+        if isinstance(self.site, Cache) and self.site.after is not None:
+            return Cache(self.site.after)
+        return self.site
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,8 @@ class Method:
     paper: ClassVar[str]
     adaptive: ClassVar[bool] = False
     """Whether the method decides by itself how many tokens stay."""
+    merges: ClassVar[bool] = False
+    """Whether tokens that leave are taken in by others, rather than dropped."""
     space: ClassVar[dict[str, tuple[float, float]]] = {}
     """What `vtc tune` may search: (low, high) by field name, or "field.index" for an entry of a tuple."""
 
@@ -122,21 +147,30 @@ class Method:
                 place = ".".join(map(str, (name, *first["loc"])))
                 raise ValueError(f"{self.name}: {place}: {first['msg']}, not {reprlib.repr(first['input'])}") from None
 
-    @classmethod
-    def tuned(cls, values: dict[str, float]) -> Self:
-        """The method with values for names of `space`, the defaults for all else."""
-        method = cls()
+    def tuned(self, values: dict[str, Any]) -> Self:
+        """The method with other values for names of `space`, or for whole fields."""
+        method = self
         for name, value in values.items():
             field_name, _, index = name.partition(".")
-            entries = list(getattr(method, field_name)) if index else []
             if index:
+                entries = list(getattr(method, field_name))
                 entries[int(index)] = value
-            method = replace(method, **{field_name: tuple(entries) if index else value})
+                value = tuple(entries)
+            method = replace(method, **{field_name: value})
         return method
 
-    def to_json(self, path: str | Path) -> None:
-        """Write name and hyper-parameters to a JSON file, which stands for the method wherever one is named."""
-        Path(path).write_text(json.dumps({"method": self.name, **asdict(self)}, indent=2) + "\n")
+    def settings(self) -> dict[str, Any]:
+        """Name and hyper-parameters, as a JSON file has them."""
+        return {"method": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    def to_json(self, path: str | Path, budget: Budget | None = None, evidence: Any = None) -> None:
+        """Write `settings` to a JSON file, which stands for the method wherever one is named.
+
+        A `budget` that is written, too, holds where no other is given. `evidence` is what speaks for the choice, for
+        people to read.
+        """
+        more = {name: x for name, x in (("budget", budget), (EVIDENCE, evidence)) if x is not None}
+        Path(path).write_text(json.dumps(self.settings() | more, indent=2) + "\n")
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:
@@ -161,14 +195,14 @@ class Method:
         """The paper's native knobs: the share of the image's tokens kept after each stage. None: a budget is needed."""
         return None
 
-    def schedule(self, strength: float, stages: int) -> tuple[float, ...]:
+    def schedule(self, strength: float, shape: Shape) -> tuple[float, ...]:
         """The share of the image's tokens kept after each stage: `ratios` to the power of `strength` >= 0.
 
         0 keeps all, 1 is the paper's own schedule, infinity the method's floor. Without knobs all stages keep the same.
         """
         ratios = self.ratios()
         if ratios is None or not 0 < min(ratios) < 1:
-            ratios = (1 / math.e,) * stages
+            ratios = (1 / math.e,) * len(self.stages(shape))
         return tuple(accumulate((ratio**strength for ratio in ratios), min))  # what has left does not come back
 
 
@@ -177,7 +211,8 @@ def _kinds(method: Any) -> dict[str, TypeAdapter]:
     """What each hyper-parameter of a method may be, by its annotation: nothing is converted, and NaN is no number."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     hints = get_type_hints(method, include_extras=True)
-    return {field.name: TypeAdapter(hints[field.name], config=strict) for field in fields(method)}
+    names = [field.name for field in fields(method) if not is_dataclass(hints[field.name])]  # those check themselves
+    return {name: TypeAdapter(hints[name], config=strict) for name in names}
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

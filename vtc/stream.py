@@ -100,6 +100,19 @@ class Stream:
         return [image.first // self.source.shape[1] for image in self.images]
 
     @property
+    def text_after_images(self) -> int:
+        """Tokens that follow a row's first image and are no image's, in the row that has most; padding is counted."""
+        first: dict[int, int] = {}
+        after: dict[int, int] = {}
+        length = self.source.shape[1]
+        for row, image in zip(self.batch_rows, self.images, strict=True):
+            if row not in first:
+                first[row], after[row] = image.last, length - 1 - image.last % length
+            elif image.first > first[row]:
+                after[row] -= len(image.places)
+        return max(after.values(), default=0)
+
+    @property
     def grids(self) -> list[list[Grid]]:
         return [image.image.grids for image in self.images]
 
@@ -108,8 +121,7 @@ class Stream:
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, left)."""
-        x = x[self.row]
-        return x.gather(2, self.position[:, None].expand(-1, x.shape[1], -1))
+        return x[self.row[:, None], :, self.position].transpose(1, 2)
 
     @property
     def entered(self) -> Tensor:
@@ -125,7 +137,8 @@ class Stream:
         """What a choice, by which `counts` tokens of each image stay, leaves of the stream and of its states
         (batch, length, width)."""
         if choice.into is not None:
-            absorb = partial(merge.absorb, into=choice.into, weights=scores)
+            mass = scores if choice.mass is None else choice.mass
+            absorb = partial(merge.absorb, into=choice.into, weights=mass)
             hidden = compact.change(hidden, self.row, self.position, self.valid, absorb)
         weighed = self if choice.weight is None else self.weighed(choice.weight)
         left, index = weighed.dropped(choice.keep, counts)
@@ -155,6 +168,17 @@ class Stream:
         spare[self.row[:, None, None], torch.arange(heads, device=keep.device)[:, None],
               torch.where(leaves, self.position[:, None], self.length)] = False  # fmt: skip
         return spare[..., :-1] if keep.ndim == 3 else spare[:, 0, :-1]
+
+    def graded(self, bits: Tensor) -> Tensor:
+        """(batch, heads, entered): the `bits` (images, [heads,] left) of visual tokens where they came in, else 0."""
+        bits = bits if bits.ndim == 3 else bits[:, None]
+        batch, length = self.source.shape
+        heads = torch.arange(bits.shape[1], device=bits.device)[:, None]
+        # the last entry takes the writes of what is no token
+        entered = self.places.gather(1, self.index).masked_fill(~self.valid, length)
+        graded = bits.new_zeros(batch, bits.shape[1], length + 1)
+        graded[self.row[:, None, None], heads, entered[:, None]] = bits
+        return graded[..., :-1]
 
     def lengths_after(self, counts: list[int]) -> list[int]:
         """Real positions of each row when `counts` tokens of each image are left. Raises ValueError where none are."""

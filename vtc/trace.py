@@ -31,6 +31,10 @@ class StageTrace:
     """(images, tokens): the entry that took each one in, -1 where it was dropped; None where nothing was merged."""
     gate: Tensor | None = None
     """(images, tokens): in training the soft gate of each token, with its gradient."""
+    bits: Tensor | None = None
+    """(images, tokens), or (images, key_heads, tokens): the bits a number that tokens are kept at."""
+    size: Tensor | None = None
+    """(images,) float32: of how many tokens that are kept as they are these have the size."""
 
 
 @dataclass(repr=False)
@@ -88,9 +92,9 @@ class Trace:
         )
 
     def maps(self, stage: int = -1) -> list[list[Tensor]]:
-        """For each image its grids (tiles, frames) as (height, width) bool: the tokens left after a stage."""
+        """For each image its grids (tiles, frames) as (height, width) bool: the tokens that a stage left any head."""
         record, result = self.stages[stage], []
-        mask = (record.kept & record.valid).cpu()
+        mask = ((record.kept.any(1) if record.kept.ndim == 3 else record.kept) & record.valid).cpu()
         for parts, entered, kept in zip(self.parts, record.entered.cpu(), mask, strict=True):
             sizes = [height * width for height, width in parts]
             left = torch.zeros(sum(sizes), dtype=torch.bool)
@@ -122,9 +126,45 @@ class Trace:
         return self._counts(self.held)
 
     @property
+    def held_sizes(self) -> Tensor:
+        """FloatTensor (batch, decoder layers): as `held_per_layer`, but that tokens at fewer bits count by their bytes,
+        as parts of one that is as it is.
+        """
+        held = self.held_per_layer.float()
+        for stage in self.stages:
+            if stage.size is not None and isinstance(stage.site, Cache):
+                rows = torch.tensor(self.rows, dtype=torch.long)
+                held[:, stage.site.layer] = torch.zeros(self.batch).index_add(0, rows, stage.size.cpu())
+        return held
+
+    @property
+    def read_sizes(self) -> Tensor:
+        """As `held_sizes`, what a decoded token reads: of packed tokens also their dequantised copies."""
+        packed = [stage.site.layer for stage in self.stages if stage.size is not None and isinstance(stage.site, Cache)]
+        copies = torch.zeros(self.batch, self.depth).index_fill(1, torch.tensor(packed, dtype=torch.long), 1)
+        return self.held_sizes + copies * self.held_per_layer
+
+    @property
+    def peak_size(self) -> Tensor:
+        """FloatTensor (batch): in the same unit, the most that the caches of all layers hold at once in the prefill.
+
+        A layer takes in all that enters it, and gives back before the next one runs, or behind the layer that its stage
+        waits for. What a method copies besides is not in it.
+        """
+        held, entered, peak = self.held_sizes, self.tokens_per_layer.float(), torch.zeros(self.batch)
+        waits = {stage.site.layer: stage.site.after for stage in self.stages if isinstance(stage.site, Cache)}
+        for now in range(self.depth):
+            done = torch.tensor([layer < now and (waits.get(layer) or 0) < now for layer in range(now + 1)])
+            peak = peak.maximum(held[:, : now + 1].where(done, entered[:, : now + 1]).sum(1))
+        return peak
+
+    @property
     def average_tokens(self) -> Tensor:
-        """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together."""
-        return self.held_per_layer.float().mean(1)
+        """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together.
+
+        Those at fewer bits count by their bytes.
+        """
+        return self.held_sizes.mean(1)
 
     def _counts(self, of: Callable[[int], list[Tensor]]) -> Tensor:
         counts = [[index.shape[-1] for index in of(layer)] for layer in range(self.depth)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,14 +31,11 @@ class Trained(Method):
         """Untrained modules that `state` fits into. Raises KeyError where it cannot be that of this method."""
         raise NotImplementedError
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(replace(self, modules=None)).items() if name != "modules"}
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the hyper-parameters. Raises ValueError where modules would be lost: they need `save_pretrained`."""
+    def settings(self) -> dict[str, Any]:
+        """Name and hyper-parameters. Raises ValueError where modules would be lost: they need `save_pretrained`."""
         if self.modules is not None:
             raise ValueError("trained modules do not fit into a JSON file: use save_pretrained(folder)")
-        Path(path).write_text(json.dumps({"method": self.name, **self._settings()}, indent=2) + "\n")
+        return {name: value for name, value in super().settings().items() if name != "modules"}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors. Raises ValueError where there are no modules."""
@@ -46,7 +43,9 @@ class Trained(Method):
             raise ValueError(f"{self.name} has no modules to save: train them first")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
+        settings = replace(self, modules=None).settings()
+        del settings["method"]
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         state = {name: value.cpu().contiguous() for name, value in self.modules.state_dict().items()}
         save_file(state, folder / "model.safetensors")
 

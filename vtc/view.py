@@ -52,21 +52,30 @@ class View:
 
     def text_after_images(self) -> tuple[Tensor, Tensor]:
         """The real text that follows a row's first image: positions (batch, queries), and whether each of them comes
-        after an image: (images, queries) float32."""
-        stream, position = self.stream, self.stream.position
-        places = torch.arange(stream.length, device=position.device)
-        end = position.masked_fill(~stream.valid, -1).amax(1)
-        start = torch.full((len(stream.columns.place),), stream.length, device=position.device)
-        start = start.scatter_reduce(0, stream.row, end, "amin")
-        text = (places > start[:, None]) & (places < stream.length - self.ahead) & (stream.columns.place >= 0)
-        text[stream.row[:, None].expand_as(position)[stream.valid], position[stream.valid]] = False
-        positions = (~text).long().argsort(dim=1, stable=True)[:, : max(1, int(text.sum(1).max()))]
-        asks = text.gather(1, positions)[stream.row] & (positions[stream.row] > end[:, None])
+        after an image: (images, queries) float32. Where a row has less of it, positions are filled up with others."""
+        stream, columns = self.stream, self.stream.columns.place
+        last = stream.start + stream.places.amax(1)
+        first = columns.new_full((len(columns),), stream.start + stream.source.shape[1])
+        first = first.scatter_reduce(0, stream.row, last, "amin")
+        text = stream.stays(torch.zeros_like(stream.valid)) & (columns > first[:, None])
+        text[:, stream.length - self.ahead :] = False
+        positions = (~text).long().argsort(dim=1, stable=True)[:, : max(1, stream.text_after_images)]
+        asks = text.gather(1, positions)[stream.row] & (gather(columns, positions)[stream.row] > last[:, None])
         return positions, asks.float()
 
     def rotated(self, layer: int, x: Tensor) -> Tensor:
         """Queries or keys (batch, heads, length, head_dim) of the stream in decoder layer `layer`, rotated."""
         return self.adapter.rotate(x, *self.tables[layer])
+
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of a decoder layer that has run: (batch, key_heads, past + length, head_dim).
+
+        Raises ValueError for caches that do not give them back.
+        """
+        keys, values = held.pair(self.cache, layer)
+        if keys.shape[2] != self.past[layer].length + self.stream.length:
+            raise ValueError(f"tokens have left the cache of decoder layer {layer} before this method looks at it")
+        return keys, values
 
     def rows(self, layer: int, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         """Attention that the tokens at `positions` (batch, queries) pay in decoder layer `layer`.
@@ -74,12 +83,19 @@ class View:
         `query` (batch, queries, heads * head_dim) and `key` (batch, length, key_heads * head_dim) come before the
         rotary embedding. The softmax runs over the cached keys too. Returns (batch, heads, queries, length) float32.
         """
-        attention, past = self.adapter.decoder_attention(self.adapter.layers[layer]), self.past[layer]
-        query = self.adapter.rotate(attention.queries(query), *(gather(x, positions) for x in self.tables[layer]))
+        attention, past = self.adapter.decoder_attention(self.adapter.layers[layer]), self.past[layer].length
         key = self.rotated(layer, attention.keys(key))
-        if past.length:
-            key = torch.cat((held.keys(self.cache, layer, past.length).to(key), key), dim=2)
-        columns = past.then(self.stream.columns)
+        if past:
+            key = torch.cat((held.keys(self.cache, layer, past).to(key), key), dim=2)
+        return self.attend(layer, query, key, positions)[0][..., past:]
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As `rows`, over all `keys` (batch, key_heads, past + length, head_dim), which are rotated.
+
+        Returns (batch, heads, queries, past + length) float32, and what is seen: (batch, [key_heads,] queries, ...).
+        """
+        attention = self.adapter.decoder_attention(self.adapter.layers[layer])
+        query = self.adapter.rotate(attention.queries(query), *(gather(x, positions) for x in self.tables[layer]))
+        columns = self.past[layer].then(self.stream.columns)
         seen = self.visibility.rows(layer, columns, gather(self.stream.columns.place, positions))
-        rows = attention_rows(query, key, attention.scale, seen, columns.weight, attention.softcap)
-        return rows[..., past.length :]
+        return attention_rows(query, keys, attention.scale, seen, columns.weight, attention.softcap), seen

@@ -12,7 +12,7 @@ from torch import nn
 from vtc.compression import Compression
 from vtc.force import changed
 from vtc.hooks import Hooks
-from vtc.methods import find_method
+from vtc.methods.compose import with_budget
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 
@@ -30,8 +30,8 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
         method: a name out of `vtc.list_methods()`, what else `vtc.find_method` takes, or a method object such as
             `FastV(layer=3, ratio=0.5)`.
         budget: visual tokens per image averaged over the decoder layers (int), or that as a fraction of the image's
-            tokens (float in (0, 1]). None: the method's own defaults. Tokens that `attention_mask` hides are none of
-            the image's: they are not counted and not chosen from.
+            tokens (float in (0, 1]). None: what the method's JSON file says, or its own defaults. Tokens that
+            `attention_mask` hides are none of the image's: they are not counted and not chosen from.
 
     Returns:
         The same object. `model.vtc.trace` tells what happened in the last forward or generate that came to its end.
@@ -46,7 +46,7 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
         TypeError: a model of an unknown family (the message lists the known), or what torch.compile returned.
         RuntimeError: the model was wrapped, and this is called inside its generate(); another thread's is waited for.
     """
-    compression = Compression(_inner(model), find_method(method), budget)
+    compression = _compression(model, method, budget)
     with changed:
         (_idle(model) or Hooks(_inner(model))).replace(compression)
     return model
@@ -72,7 +72,7 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
     than read in a way that is not their own: a thread that is started inside a block opens one itself, or runs in a
     copy of the context (`contextvars.copy_context().run`).
     """
-    compression = Compression(_inner(model), find_method(method), budget)
+    compression = _compression(model, method, budget)
     with changed:
         hooks = hooks_of(model) or Hooks(_inner(model))
         hooks.enter(compression)
@@ -80,6 +80,11 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
         yield LiveTrace(compression)
     finally:
         hooks.leave(compression)
+
+
+def _compression(model: nn.Module, method: str | Method, budget: Budget | None) -> Compression:
+    found, own = with_budget(method)
+    return Compression(_inner(model), found, own if budget is None else budget)
 
 
 def hooks_of(model: nn.Module) -> Hooks | None:

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=PATH)
     parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--limit", type=int, default=1080)
-    parser.add_argument("--benchmark", default="scenes", choices=known.NAMES)
+    parser.add_argument("--benchmark", default="scenes", choices=("scenes", "pages"))
     options = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(options.folder).eval()
     preset = _preset(model)

@@ -41,8 +41,8 @@ class Benchmark:
             found.append(f"a judge's key in {' or '.join(KEYS)}")
         if self.java and shutil.which("java") is None:
             found.append("java, which tokenises its captions")
-        if self.video:
-            found.append("a reader of video, and vtc's command has none")
+        if self.video and find_spec("torchvision") is None:
+            found.append("torchvision, which transformers' video processors need")
         return found
 
 

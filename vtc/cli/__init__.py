@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, pictures, speed, training, tuning
+from vtc.cli import about, accuracy, choosing, fitting, pictures, serving, speed, training, tuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,13 +34,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": accuracy.compare,
     "faithfulness": accuracy.faithfulness,
     "tune": tuning.tune,
+    "fit": fitting.fit,
+    "choose": choosing.choose,
+    "table": choosing.table,
     "layers": tuning.layers,
     "bench": speed.bench,
+    "selection": speed.selection,
     "peers": speed.peers,
     "throughput": speed.throughput,
     "ask": pictures.ask,
     "scene": pictures.scene,
     "demo": pictures.demo,
+    "serve": serving.serve,
+    "load": serving.load,
     "methods": about.methods,
     "tasks": about.tasks,
     "env": about.env,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,13 @@ from vtc.cli.terminal import note_above, note_one, quiet, say
 
 if TYPE_CHECKING:
     from vtc.eval.rows import Row
+
+
+def _per(axis: str) -> str:
+    if axis not in ("tokens", "bytes"):
+        raise typer.BadParameter(f"{axis!r} is neither tokens nor bytes")
+    return axis
+
 
 REHEARSED = "dry run: the model answers with every method and budget, or at the method's floor, and all data is there"
 
@@ -32,7 +40,10 @@ def evaluate(
     ] = "0.5,0.25,0.11",
     benchmark: Annotated[
         str,
-        typer.Option(help="scenes, a few small things on a photograph, or pages, full of words, digits and shapes."),
+        typer.Option(
+            help="scenes, a few small things on a photograph; captions, all of them listed; or pages, full of words, "
+            "digits and shapes."
+        ),
     ] = "scenes",
     tasks: Annotated[
         str,
@@ -55,12 +66,21 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; unless given 8, for captions 48.")
+    ] = None,
     suffix: Annotated[
         str,
         typer.Option(help="Put after each question, for models that answer in sentences when not told otherwise."),
     ] = "",
     device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32; bytes depend on it. auto is the checkpoint's own.")
+    ] = "auto",
+    per: Annotated[
+        str,
+        typer.Option(callback=_per, help="bytes: draw accuracy against those of the cache, too, the peak beside."),
+    ] = "tokens",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what --out holds of an earlier run.")] = False,
     dry_run: Annotated[
         bool,
@@ -72,9 +92,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy against token budget on scenes or pages, or with --tasks on benchmarks of lmms-eval.
 
-    Always runs the full and the blind model beside the methods. Writes results.jsonl (a line a question), summary.json,
-    config.json and curve.png to --out. Killed and run again, it goes on where it was. With --tasks it may be started
-    as many processes, by torchrun or accelerate launch.
+    Always runs the full and the blind model beside the methods, and the full one with another question's image. Writes
+    results.jsonl (a line a question), summary.json, config.json and curve.png to --out, and to needs-image.json and
+    needs-image.png the same over the questions that need the image: full right, blind wrong. Killed and run again, it
+    goes on where it was. With --tasks it may be started as many processes, by torchrun or accelerate launch.
 
     Examples:
 
@@ -91,9 +112,10 @@ def evaluate(
     chosen, spend = split(methods), parse_budgets(budgets)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if tasks:
-        refuse(context, "suffix", "max_new_tokens", "by_task", "benchmark", why="for scenes and pages, not for --tasks")
+        chosen_here = ("suffix", "max_new_tokens", "by_task", "benchmark", "dtype", "per")
+        refuse(context, *chosen_here, why="for vtc's own benchmarks, not for --tasks")
     else:
-        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for scenes and pages")
+        refuse(context, "include_path", "gen_kwargs", why="for --tasks, not for vtc's own benchmarks")
     if dry_run:
         refuse(context, "by_task", why="a dry run counts nothing")
     if several and ":" in device:
@@ -104,7 +126,7 @@ def evaluate(
     if several and not tasks:
         raise ValueError("many processes share the questions of a benchmark only with --tasks, such as vtc_scenes")
     quiet()
-    from vtc.eval import report, run, suites
+    from vtc.eval import benchmarks, memory, mis, report, run, suites
 
     console = Console()
     if tasks:
@@ -114,29 +136,44 @@ def evaluate(
         if dry_run:
             console.print(REHEARSED)
         return
+    longest = getattr(benchmarks.find(benchmark), "LONGEST", 8)
     settings = run.Settings(
-        model, chosen, spend, limit or 1000, seed, batch_size, max_new_tokens, suffix, device, benchmark
+        model,
+        chosen,
+        spend,
+        limit or 1000,
+        seed,
+        batch_size,
+        max_new_tokens or longest,
+        suffix,
+        device,
+        benchmark,
+        dtype,
     )
     say(f"loading {model}")
-    rows = run.evaluate(settings, out, restart, dry_run, bar=True)
+    rows = run.evaluate(settings, out, restart, dry_run, bar=True, per=per)
     if dry_run:
         console.print(REHEARSED)
         return
     note_above(spend, next(row["tokens"] for row in rows if row["method"] == "full"))
     console.print(report.table(rows))
+    if per == "bytes":
+        console.print(
+            memory.table(json.loads((out / "bytes.json").read_text())), f"{escape(str(out))}: bytes.png, bytes.json"
+        )
     if by_task:
         console.print(report.task_table(rows))
-    console.print(f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
+    console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
 def _show(task: str, rows: list[Row], where: Path) -> None:
-    from vtc.eval import published, report
+    from vtc.eval import mis, published, report
 
     console = Console()
     console.print(f"[bold]{escape(task)}[/]", report.table(rows), report.metrics_table(rows))
     if figures := published.table(task, rows):
         console.print(figures)
-    console.print(f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
+    console.print(*mis.shown(where), f"{escape(str(where))}: curve.png, summary.json, results.jsonl")
 
 
 def compare(

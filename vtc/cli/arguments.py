@@ -56,11 +56,11 @@ def refuse(context: typer.Context, *names: str, why: str) -> None:
 
 
 def check_methods(*names: str, also: Sequence[str] = ()) -> None:
-    """Refuse a plain name that no method has; paths and other forms are for those who read them."""
+    """Refuse a plain name that no method has, within a chain, too; other forms are for those who read them."""
     from vtc.methods import described
 
     known = (*described(), *also)
-    for name in names:
+    for name in (part.partition("@")[0] for text in names if "/" not in text for part in text.split("+")):
         if re.fullmatch(r"[\w-]+", name) and name not in known:
             raise ValueError(f"unknown method {name!r}; vtc knows {', '.join(known)}")
 

@@ -33,7 +33,10 @@ def ask(
     question: Annotated[str, typer.Argument(help="In the model's language; quote it.")],
     model: Model = "reference",
     method: Annotated[str, typer.Option(help="`vtc methods` lists them.")] = "vtc-cls",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "0.25",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="0.25, 25% or 64 (tokens per image); unless given what a JSON file says, or 0.25."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also ask the full model.")] = False,
     save_overlay: Annotated[Path | None, typer.Option(help="Write the image with dropped patches dark.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -49,7 +52,7 @@ def ask(
 
       vtc ask photo.jpg 'What is this?' --model llava-hf/llava-1.5-7b-hf --budget 64
     """
-    spend = parse_budget(budget)
+    spend = parse_budget(budget) if budget else None
     if not question.strip():
         raise typer.BadParameter("the question is empty")
     check_methods(method)
@@ -63,8 +66,13 @@ def ask(
     quiet()
     with status(f"loading {model}"):
         reader = load(path, pick_device(device), max_new_tokens)
+    from vtc.methods.compose import with_budget
+
+    if spend is None:
+        own = with_budget(method)[1]
+        spend = 0.25 if own is None else own
     with status("asking"):
-        answers = {f"{method}, {budget}": asking.ask(reader, picture, question, method, spend)}
+        answers = {f"{method}, {budget or spend}": asking.ask(reader, picture, question, method, spend)}
         if compare:
             answers["full model"] = asking.ask(reader, picture, question, None, 1.0)
     _print_answers(answers)
@@ -139,6 +147,9 @@ def demo(
     host: Annotated[
         str, typer.Option(help="127.0.0.1 serves this machine alone; 0.0.0.0 everyone who can reach it.")
     ] = "127.0.0.1",
+    method: Annotated[
+        str, typer.Option(help="What the page opens with; also the choice.json of `vtc choose`.")
+    ] = "vtc-cls",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
     device: Device = "auto",
 ) -> None:
@@ -151,6 +162,7 @@ def demo(
       vtc demo --model llava-hf/llava-1.5-7b-hf --port 8000
     """
     need("gradio", "sklearn", extra="demo")
+    check_methods(method)
     from vtc.eval.reader import load, model_path, pick_device
 
     path = model_path(model)
@@ -159,4 +171,4 @@ def demo(
     quiet()
     from vtc.demo.app import launch
 
-    launch(load(path, pick_device(device), max_new_tokens), model, host, port)
+    launch(load(path, pick_device(device), max_new_tokens), model, host, port, method)

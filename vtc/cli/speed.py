@@ -37,6 +37,9 @@ SingleCrop = Annotated[
         "--model", "--shape", help="Of the LLaVA-1.5 kind: llava-1.5-7b, llava-1.5-13b, llava-qwen2-0.5b, or a folder."
     ),
 ]
+Methods = Annotated[
+    str, typer.Option("--methods", "--method", help="`vtc methods` lists them; all: those that the shape takes.")
+]
 Budgets = Annotated[
     str, typer.Option("--budgets", "--budget", help="64 (tokens per image), 0.25 or 25%; commas between several.")
 ]
@@ -49,7 +52,7 @@ Attention = Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ..
 
 def bench(
     model: Shape = "llava-qwen2-0.5b",
-    methods: Annotated[str, typer.Option("--methods", "--method", help="`vtc methods` lists them.")] = "vtc-cls",
+    methods: Methods = "vtc-cls",
     budgets: Budgets = "64",
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 60,
@@ -76,18 +79,19 @@ def bench(
       vtc bench --model llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --budgets 192,128,64 --out out/bench
     """
     chosen, spend = split(methods), parse_budgets(budgets)
-    check_methods(*chosen)
+    check_methods(*chosen, also=("all",))
     if out:
         need("matplotlib", extra="eval")
     note_one(spend)
     _note_rounds(rounds)
     loaded, name = _load(model, dtype, device, attention)
     from vtc.eval import bench as benchmark
+    from vtc.eval import selection as chooses
 
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels, compiled)
     title = f"{model}, batch {batch}, {dtype}, {attention}{', compiled' * compiled}, {name}"
     with steps() as step:
-        rows = benchmark.bench(loaded, [(method, budget) for method in chosen for budget in spend], case, step)
+        rows = benchmark.bench(loaded, chooses.arms(loaded, chosen, spend, note), case, step)
     note_above(spend, rows[0]["tokens"]["full"])
     for row in rows:
         tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
@@ -96,6 +100,48 @@ def bench(
         described = {"model": model, "dtype": dtype, "attention": attention, "device": name, "case": asdict(case)}
         _write(out / "bench.json", {**described, "rows": rows})
         benchmark.picture(rows, out / "bench.png", title)
+
+
+def selection(
+    model: Shape = "llava-qwen2-0.5b",
+    methods: Methods = "all",
+    budgets: Budgets = "64",
+    batch: Batch = 8,
+    prompt_tokens: PromptTokens = 60,
+    rounds: Rounds = 3,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    attention: Attention = "sdpa",
+    out: Annotated[Path | None, typer.Option(help="Folder for selection.json and selection.png.")] = None,
+) -> None:
+    """Measure what choosing the tokens costs: to score, select and compact, as a share of the unpruned prefill.
+
+    One table of all methods, prefills only: a part of what `vtc bench` measures, for many methods at once.
+
+    Example:
+
+      vtc selection --rounds 3 --out out/selection
+    """
+    chosen, spend = split(methods), parse_budgets(budgets)
+    check_methods(*chosen, also=("all",))
+    if out:
+        need("matplotlib", extra="eval")
+    note_one(spend)
+    _note_rounds(rounds)
+    loaded, name = _load(model, dtype, device, attention)
+    from vtc.eval import bench as benchmark
+    from vtc.eval import selection as chooses
+
+    case = benchmark.Case(batch, prompt_tokens, rounds=rounds)
+    title = f"{model}, batch {batch}, {dtype}, {attention}, {name}"
+    arms = chooses.arms(loaded, chosen, spend, note)
+    with steps() as step:
+        rows = chooses.measure(loaded, arms, case, step)
+    Console().print(chooses.table(rows, title))
+    if out:
+        described = {"model": model, "dtype": dtype, "attention": attention, "device": name, "case": asdict(case)}
+        _write(out / "selection.json", {**described, "rows": rows})
+        chooses.picture(rows, out / "selection.png", title)
 
 
 def peers(

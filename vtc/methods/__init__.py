@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-import reprlib
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -30,32 +29,10 @@ def list_methods() -> dict[str, type[Method]]:
                 found[thing.name] = thing
     for entry in entry_points(group="vtc.methods"):
         try:
-            found[entry.name] = _checked(entry.load(), entry.value)
+            found[entry.name] = check_class(entry.load(), entry.value)
         except (ImportError, AttributeError) as error:
             raise ImportError(f"the method {entry.name!r} of another package ({entry.value}): {error}") from error
     return dict(sorted(found.items()))
-
-
-def find_method(name: str | Path | Method) -> Method:
-    """The method that a text stands for.
-
-    Args:
-        name: a name out of `list_methods()`, "package.module:Class", or the path of a JSON file that `Method.to_json`
-            or `vtc tune` wrote; a method stands for itself.
-
-    Raises:
-        ValueError: what names no method, with the known ones, or with the file and the field that is wrong.
-        OSError: a file that cannot be read.
-    """
-    from vtc.stage import Method, read_json
-
-    if isinstance(name, Method):
-        return name
-    name = str(name)
-    if name.endswith(".json"):
-        settings = read_json(name)
-        return _kind(settings.pop("method", None), f"{name}: method is ").described(settings, name)
-    return _kind(name, "unknown method ")()
 
 
 def described() -> dict[str, tuple[str, str]]:
@@ -85,19 +62,8 @@ def _texts(node: ast.ClassDef) -> dict[str, str]:
     }
 
 
-def _kind(name: object, complaint: str) -> type[Method]:
-    if isinstance(name, str) and ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return _checked(getattr(importlib.import_module(module), attribute), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{complaint}{name!r}: {error}") from error
-    if not isinstance(name, str) or name not in list_methods():
-        raise ValueError(f"{complaint}{reprlib.repr(name)}; vtc knows {', '.join(list_methods())}")
-    return list_methods()[name]
-
-
-def _checked(thing: object, source: str) -> type[Method]:
+def check_class(thing: object, source: str) -> type[Method]:
+    """`thing`, if it is a class of methods; else a ValueError that names its `source`."""
     from vtc.stage import Method
 
     if not (isinstance(thing, type) and issubclass(thing, Method)):

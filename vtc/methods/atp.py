@@ -147,7 +147,7 @@ class Atp(Trained):
     def _lattice(self, rate: float, seen: Seen) -> Tensor:
         """The spatial score: (images, tokens), 1 - 3 R on every n-th row and column, n = round(sqrt(1 / R)), else 0."""
         step = round((1 / rate) ** 0.5)
-        row, column = seen.places()
+        _, row, column = seen.places()
         on = (row % step == 0) & (column % step == 0)
         return on * max(0.0, 1 - 3 * rate)
 

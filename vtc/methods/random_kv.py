@@ -34,10 +34,15 @@ class RandomKv(Method):
         return tuple(Stage(Cache(layer), partial(self._scores, layer, heads)) for layer in range(shape.decoder_layers))
 
     def _scores(self, layer: int, heads: int, seen: Seen) -> Tensor:
-        scores = rearrange(
-            _draw(self.seed, layer, heads).to(seen.index.device)[seen.index], "image token head -> image head token"
-        )
+        scores = drawn(self.seed, layer, heads, seen)
         return scores if self.per_head else scores[:, 0]
+
+
+def drawn(seed: int, layer: int, heads: int, seen: Seen) -> Tensor:
+    """Random numbers: (images, heads, tokens)."""
+    return rearrange(
+        _draw(seed, layer, heads).to(seen.index.device)[seen.index], "image token head -> image head token"
+    )
 
 
 @lru_cache(maxsize=128)

@@ -7,14 +7,12 @@ from functools import partial
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import vtc.merge as merge
-from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
 from vtc.methods.ward import ward
-from vtc.need import Need
-from vtc.observe import TextRow, Tower
+from vtc.observe import PatchStates, TextRow
 from vtc.stage import Layer, Method, Shape, Stage
 
 
@@ -38,6 +36,7 @@ class Tally(Method):
 
     name: ClassVar[str] = "tally"
     paper: ClassVar[str] = "of this package"
+    merges: ClassVar[bool] = True
     space: ClassVar[dict[str, tuple[float, float]]] = {"power": (1.0, 4.0), "layer": (1, 31)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
@@ -51,22 +50,6 @@ class Tally(Method):
 
     def ratios(self) -> tuple[float, ...]:
         return (self.ratio,) if self.power == 1 else (self.ratio, self.ratio**self.power)
-
-
-@dataclass(frozen=True)
-class PatchStates(Need):
-    """The states of the patches after a tower's block: (crops, width, patches).
-
-    A tower's last norm, where its projector reads one, comes later. A visual token of several patches has their mean.
-    """
-
-    tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return {"states": adapter.tower_blocks()[self.layer]}
-
-    def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
-        return tower.adapter.patches(record["states"], tower.call).float().transpose(1, 2)
 
 
 def _merged(need: PatchStates, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:

@@ -39,6 +39,7 @@ class ToMe(Method):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "ToMe, arXiv 2210.09461"
+    merges: ClassVar[bool] = True
 
     def bind(self, model: nn.Module, budget: Budget | None, tokens: int | None) -> ToMe:
         if budget is None:
@@ -99,6 +100,7 @@ class MergedPatches(Need):
     share: float
 
     tower: ClassVar[bool] = True
+    changes: ClassVar[bool] = True
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.merges_patches:

@@ -56,6 +56,7 @@ class VFlowOpt(Method):
 
     name: ClassVar[str] = "vflowopt"
     paper: ClassVar[str] = "VFlowOpt, arXiv 2508.05211"
+    merges: ClassVar[bool] = True
     space: ClassVar[dict[str, tuple[float, float]]] = {
         "retain.0": (0.05, 0.99),
         "retain.1": (0.3, 1.0),

@@ -11,7 +11,7 @@ from torch import Tensor
 import vtc.scores as scores
 import vtc.select as select
 from vtc.choice import Seen
-from vtc.observe import ClsRow, ReceivedAttention
+from vtc.observe import salience
 from vtc.stage import Method, Shape, Stage
 
 
@@ -46,8 +46,7 @@ class VtcCls(Method):
             raise ValueError(
                 f"layers={layers} must lie in 1 to {depth}: the projector sees no more blocks of this tower"
             )
-        row = ClsRow if shape.cls else ReceivedAttention
-        needs = tuple(row(layer) for layer in range(depth - layers, depth))
+        needs = tuple(salience(shape, layer) for layer in range(depth - layers, depth))
 
         def score(seen: Seen) -> Tensor:
             return scores.ensemble([scores.head_mean(seen[need]) for need in needs], self.ensemble)

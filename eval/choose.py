@@ -1,0 +1,437 @@
+"""`vtc choose`: the cheapest method and budget that keep a model's answers on a user's images, with a bound.
+
+Nothing is labelled: an image agrees where the pruned model gives the full model's answers. Images are dealt into two
+parts. On the search part, successive halving (Jamieson and Talwalkar, arXiv 1502.07943) finds a method for each budget.
+On the held-out part these are tested from the largest budget down, each against the promise by the exact binomial bound
+(Clopper and Pearson, Biometrika 26, 1934), and the first that fails ends it. As the order and the methods are fixed
+before a held-out image is looked at, the chance that a broken promise is made is at most 1 - CONFIDENCE over all tests
+together (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta
+
+import vtc
+from vtc.eval import folder, progress, report
+from vtc.eval.folder import Store
+from vtc.eval.images import open_image
+from vtc.eval.reader import Reader, load, model_path, pick_device
+from vtc.eval.rows import Asked
+from vtc.eval.tune import SUFFIXES
+from vtc.methods.compose import with_budget
+
+CONFIDENCE = 0.95
+SEARCH = 16
+"""The least images to search on, and the first slice of the halving."""
+QUESTIONS = (
+    "what is the main thing in the picture? answer with one word.",
+    "what color is the largest thing? answer with one word.",
+    "how many things are there? answer with a number.",
+    "is there any text in the picture? answer yes or no.",
+)
+"""Asked in turn where the user has none."""
+MAX_BYTES = 2**24
+"""Of a file of questions."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    method: str
+    budget: vtc.Budget
+
+
+FULL = Candidate("full", 1.0)
+NONE = Candidate("uniform", 1.0)
+"""What stands for no pruning: at a full budget any method is the untouched model, bit for bit."""
+Agree = Callable[[Candidate, Sequence[int]], np.ndarray]
+"""Whether a candidate's answers about each of these images are the full model's: (images,) bool. Raises BudgetError for
+one that cannot reach its budget on them."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A candidate on held-out images; those that follow too many misses are not looked at."""
+
+    candidate: Candidate
+    images: int
+    agreeing: int
+    bound: float | None
+    """The agreement on images like these is at least this, with CONFIDENCE; None where the test was broken off."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: the last candidate that passed, if any, and all that were tested."""
+
+    chosen: Tested | None
+    tested: list[Tested]
+    searched: int
+    """Images of the search part."""
+    held: int
+    """Images of the held-out part."""
+    allowed: int
+    """How many of these a candidate may miss."""
+
+
+# -- the promise ----------------------------------------------------------------------------------------------------
+
+
+def lower_bound(agreeing: int, images: int) -> float:
+    """The one-sided bound of Clopper and Pearson on the share of all images that `agreeing` of `images` speak for."""
+    return float(beta.ppf(1 - CONFIDENCE, agreeing, images - agreeing + 1)) if agreeing else 0.0
+
+
+def images_needed(promise: float) -> int:
+    """How many held-out images a promise takes, where all of them agree."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(promise))
+
+
+def misses_allowed(images: int, promise: float) -> int:
+    """How many of `images` may disagree so that the bound keeps the promise; -1 where none may."""
+    return next((n - 1 for n in range(images + 1) if lower_bound(images - n, images) < promise), images)
+
+
+def deal(images: int, promise: float, seed: int) -> tuple[list[int], list[int]]:
+    """The search part and the held-out part. Raises ValueError for too few images, with how many it takes."""
+    if not 0 < promise < 1:
+        raise ValueError(f"an agreement of {promise:g} cannot be promised: it lies above 0 and below 1")
+    needed = images_needed(promise)
+    if images < needed + SEARCH:
+        possible = math.floor(1000 * lower_bound(images - SEARCH, images - SEARCH)) / 1000 if images > SEARCH else 0
+        most = f"; with these, {possible:g} is the most that can be promised" if possible > 0 else ""
+        raise ValueError(
+            f"{images} images are too few: an agreement of {promise:g} at {CONFIDENCE:.0%} confidence takes {needed} "
+            f"held-out ones without a single miss, and {SEARCH} to search on, {needed + SEARCH} in all{most}"
+        )
+    order = Random(seed).sample(range(images), images)
+    cut = max(SEARCH, min(images // 4, images - needed))
+    return order[:cut], order[cut:]
+
+
+# -- the search -----------------------------------------------------------------------------------------------------
+
+
+def rounds(methods: int, images: int) -> Iterator[tuple[range, int]]:
+    """The halving's rounds: the images that are asked anew, twice as many each time, and how many methods stay."""
+    start = 0
+    while start < images:
+        stop, methods = min(max(SEARCH, 2 * start), images), math.ceil(methods / 2)
+        yield range(start, stop), methods
+        if methods == 1:
+            return
+        start = stop
+
+
+def halve(agree: Agree, methods: Sequence[str], budget: vtc.Budget, images: Sequence[int]) -> str | None:
+    """Successive halving: all methods on few images, then the better half of them on more, until one is left.
+
+    Among equals those named first. None where no method reaches the budget.
+    """
+    left, agreeing = list(methods), dict.fromkeys(methods, 0)
+    for new, stay in rounds(len(methods), len(images)):
+        for method in list(left):
+            try:
+                agreeing[method] += int(agree(Candidate(method, budget), [images[n] for n in new]).sum())
+            except vtc.BudgetError:
+                left.remove(method)
+        left = sorted(left, key=lambda method: -agreeing[method])[:stay]
+    return left[0] if left else None
+
+
+def examine(agree: Agree, candidate: Candidate, images: Sequence[int], promise: float, step: int = 32) -> Tested:
+    """A candidate on held-out images, `step` at a time, until they are done or it has missed too many."""
+    allowed, seen, agreeing = misses_allowed(len(images), promise), 0, 0
+    while seen < len(images) and seen - agreeing <= allowed:
+        new = images[seen : seen + step]
+        try:
+            agreeing += int(agree(candidate, new).sum())
+        except vtc.BudgetError:  # images of many sizes: it cannot be run on some
+            return Tested(candidate, seen, agreeing, None)
+        seen += len(new)
+    return Tested(candidate, seen, agreeing, lower_bound(agreeing, seen) if seen - agreeing <= allowed else None)
+
+
+def choose(agree: Agree, candidates: Sequence[Candidate], images: int, promise: float, seed: int = 0) -> Verdict:
+    """Search and test. Raises ValueError for too few images, and for budgets that have no order."""
+    budgets = {candidate.budget for candidate in candidates}
+    if len({type(budget) for budget in budgets}) > 1:
+        raise ValueError("budgets are all fractions or all numbers of tokens: else nobody knows which is the larger")
+    search, held = deal(images, promise, seed)
+    tested: list[Tested] = []
+    for budget in sorted(budgets, reverse=True):
+        methods = [candidate.method for candidate in candidates if candidate.budget == budget]
+        if (method := halve(agree, methods, budget, search)) is None:
+            continue
+        tested.append(examine(agree, Candidate(method, budget), held, promise))
+        if tested[-1].bound is None:
+            break
+    passed = [one for one in tested if one.bound is not None]
+    chosen = passed[-1] if passed else None
+    return Verdict(chosen, tested, len(search), len(held), misses_allowed(len(held), promise))
+
+
+# -- a user's images and questions ----------------------------------------------------------------------------------
+
+
+def find_images(where: Path, bar: bool = False) -> tuple[list[Path], list[str]]:
+    """The images of a folder by name, each content once, and the digests of these.
+
+    Each is opened, so that a broken one is known before any work is done. Raises ValueError for a folder without
+    images, and for files that cannot be read, all by name.
+    """
+    if not where.is_dir():
+        raise ValueError(f"no such folder of images: {where}")
+    files = sorted(path for path in where.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {where}")
+    found: dict[str, Path] = {}
+    broken: list[str] = []
+    with progress.bar("reading images", len(files), shown=bar) as tick:
+        for file in files:
+            try:
+                open_image(file)
+                found.setdefault(hashlib.sha256(file.read_bytes()).hexdigest(), file)
+            except ValueError as error:
+                broken.append(str(error))
+            tick()
+    if broken:
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(f"{'; '.join(broken[:5])}{more}: take them out of the folder")
+    return list(found.values()), list(found)
+
+
+def find_questions(file: Path | None, images: Sequence[Path]) -> list[tuple[str, ...]]:
+    """The questions about each image.
+
+    A text file has a question a line, and images are asked them in turn. In a .jsonl file each line is an object such
+    as {"image": "a.jpg", "question": "what is this?"}; images without one are asked nothing. Raises ValueError for what
+    cannot be read, with the line.
+    """
+    if file is None:
+        return [(QUESTIONS[n % len(QUESTIONS)],) for n in range(len(images))]
+    if not file.is_file():
+        raise ValueError(f"no such file of questions: {file}")
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} has more than {MAX_BYTES // 2**20} MB")
+    try:
+        lines = [(number, text.strip()) for number, text in enumerate(file.read_text("utf-8").splitlines(), 1)]
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text in UTF-8") from None
+    if not (lines := [(number, text) for number, text in lines if text]):
+        raise ValueError(f"{file} holds no question")
+    if file.suffix != ".jsonl":
+        return [(lines[n % len(lines)][1],) for n in range(len(images))]
+    asked: dict[str, list[str]] = {}
+    for number, text in lines:
+        try:
+            found = json.loads(text)
+            name, question = found["image"], found["question"]
+            if not (isinstance(name, str) and isinstance(question, str) and question.strip()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{file}, line {number}: not {{"image": "a.jpg", "question": "what is this?"}}') from None
+        asked.setdefault(name, []).append(question)
+    if unknown := [name for name in asked if name not in {image.name for image in images}]:
+        raise ValueError(f"{file}: no image {unknown[0]!r} in the folder, or it is a copy of another one")
+    return [tuple(asked.get(image.name, ())) for image in images]
+
+
+class Answered(Asked):
+    """A line of results.jsonl: what was said to one question about one image."""
+
+    prediction: str
+    tokens: float
+    """Visual tokens of the image, averaged over the decoder layers, measured."""
+
+
+@dataclass
+class Album:
+    """A user's images, asked by one model, in full or by a candidate. It is an `Agree`."""
+
+    reader: Reader
+    images: Sequence[Path]
+    questions: Sequence[tuple[str, ...]]
+    store: Store[Answered]
+    batch_size: int = 8
+    tick: progress.Tick = field(default=lambda steps=1, say=None: None)
+
+    def __call__(self, candidate: Candidate, indices: Sequence[int]) -> np.ndarray:
+        full, pruned = self._answers(FULL, indices), self._answers(candidate, indices)
+        same = [all(map(report.is_correct, *pair)) for pair in zip(pruned, full, strict=True)]
+        self.tick(len(indices), f"{candidate.method}, {report.written(candidate.budget)}")
+        return np.array(same, bool)
+
+    def tokens(self, candidate: Candidate) -> float:
+        """Measured, over what it was asked."""
+        asked = [line for line in self.store.lines.values() if _of(line) == candidate]
+        return float(np.mean([line["tokens"] for line in asked]))
+
+    def _answers(self, candidate: Candidate, indices: Sequence[int]) -> list[list[str]]:
+        """Of each image, to each of its questions; what is not known yet is asked, a batch at a time."""
+        pairs = [(i, number) for i in indices for number in range(len(self.questions[i]))]
+        new = [pair for pair in pairs if self._key(candidate, *pair) not in self.store.lines]
+        for start in range(0, len(new), self.batch_size):
+            self._ask(candidate, new[start : start + self.batch_size])
+        said = {pair: self.store.lines[self._key(candidate, *pair)]["prediction"] for pair in pairs}
+        return [[said[i, number] for number in range(len(self.questions[i]))] for i in indices]
+
+    def _ask(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
+        opened = [open_image(self.images[i]) for i, _ in pairs]
+        inputs = self.reader.inputs(opened, [self.questions[i][number] for i, number in pairs])
+        if candidate == FULL:
+            said, tokens = self.reader.answers(inputs), self.reader.visual_tokens(inputs).float().tolist()
+        else:
+            with vtc.compressed(self.reader.model, candidate.method, candidate.budget) as trace:
+                said = self.reader.answers(inputs)
+            tokens = trace.average_tokens.tolist()
+        self.store.add(
+            [
+                {**asdict(candidate), "question_id": self._id(*pair), "prediction": text, "tokens": count}
+                for pair, text, count in zip(pairs, said, tokens, strict=True)
+            ]
+        )
+
+    def _id(self, image: int, number: int) -> str:
+        return f"{self.images[image].name}#{number}"
+
+    def _key(self, candidate: Candidate, image: int, number: int) -> str:
+        return folder.key(candidate.method, candidate.budget, self._id(image, number))
+
+
+def _of(line: Asked) -> Candidate:
+    return Candidate(line["method"], line["budget"])
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for. `questions` None: `QUESTIONS`."""
+
+    images: str
+    model: str = "reference"
+    questions: str | None = None
+    agree: float = 0.98
+    methods: tuple[str, ...] = ("tally", "tome", "vflowopt", "vtc-cls", "fastv", "uniform")
+    budgets: tuple[vtc.Budget, ...] = (0.75, 0.5, 0.35, 0.25, 0.16, 0.11)
+    seed: int = 0
+    batch_size: int = 8
+    max_new_tokens: int = 16
+    device: str = "auto"
+
+
+ANSWERS = ("model", "batch_size", "max_new_tokens")
+"""The settings that answers depend on: a run with others of the rest goes on with what the folder holds."""
+
+
+def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False) -> tuple[Verdict, dict[str, str]]:
+    """Choose, resuming what `out` holds of the same run, and write choice.json there.
+
+    Returns the verdict, and why what cannot work on this model was left out, by its name. Raises
+    ValueError for what cannot be read, for too few images, and for a folder that holds another run.
+    """
+    images, digests = find_images(Path(settings.images), bar)
+    questions = find_questions(Path(settings.questions) if settings.questions else None, images)
+    asked = [n for n, about in enumerate(questions) if about]
+    images, digests, questions = ([part[n] for n in asked] for part in (images, digests, questions))
+    deal(len(images), settings.agree, settings.seed)
+    path, device = model_path(settings.model), pick_device(settings.device)
+    reader = load(path, device, settings.max_new_tokens)
+    candidates, refused = working(reader, settings.methods, settings.budgets)
+    data = hashlib.sha256(json.dumps([digests, questions]).encode()).hexdigest()[:16]
+    found: dict[str, str] = {}
+    for name in {candidate.method for candidate in candidates}:
+        found |= folder.method_digests(reader.model, {name: name}, [x.budget for x in candidates if x.method == name])
+    asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
+    config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
+    folder.open_folder(out, config, restart)
+    album = Album(reader, images, questions, Store(out / "results.jsonl"), settings.batch_size)
+    with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
+        verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
+    write(verdict, settings, album, out / "choice.json")
+    return verdict, refused
+
+
+def working(
+    reader: Reader, methods: Sequence[str], budgets: Sequence[vtc.Budget]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """What this model can be wrapped with, and why not the rest. Raises ValueError where nothing is left.
+
+    A budget that is out of reach is not refused here: that may hang on the image.
+    """
+    left: list[Candidate] = []
+    refused: dict[str, str] = {}
+    for name in dict.fromkeys(methods):
+        method, own = with_budget(name)
+        if own is not None:
+            raise ValueError(f"{name} names a budget, and the budget is what is looked for: take it out of the file")
+        for budget in dict.fromkeys(budgets):
+            try:
+                with vtc.compressed(reader.model, method, budget):
+                    left.append(Candidate(name, budget))
+            except vtc.BudgetError:
+                left.append(Candidate(name, budget))
+            except ValueError as error:
+                refused[f"{name} at {report.written(budget)}"] = str(error)
+    if not left:
+        raise ValueError(f"no method works on this model: {'; '.join(refused.values())}")
+    return left, refused
+
+
+def _at_most(settings: Settings, candidates: Sequence[Candidate], images: int) -> int:
+    """How many images candidates are asked about, at the most."""
+    search, held = deal(images, settings.agree, settings.seed)
+    asked = 0
+    for methods in Counter(candidate.budget for candidate in candidates).values():
+        asked += len(held)
+        for new, stay in rounds(methods, len(search)):
+            asked, methods = asked + methods * len(new), stay
+    return asked
+
+
+def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> None:
+    """The JSON file that stands for method and budget wherever a method is named; evidence beside."""
+    chosen = verdict.chosen.candidate if verdict.chosen else NONE
+    evidence: dict[str, Any] = {
+        "kept": verdict.chosen is not None,
+        "model": settings.model,
+        "agree": settings.agree,
+        "confidence": CONFIDENCE,
+        "searched": verdict.searched,
+        "held": verdict.held,
+        "misses_allowed": verdict.allowed,
+        "questions": settings.questions or "default",
+        "seed": settings.seed,
+        "tested": [{**asdict(one), "tokens": album.tokens(one.candidate)} for one in verdict.tested],
+    }
+    vtc.find_method(chosen.method).to_json(file, chosen.budget, evidence)
+
+
+def sentences(verdict: Verdict, promise: float) -> Iterator[str]:
+    """What was found, in words."""
+    rule = f"of {verdict.held} held-out images a candidate may miss {verdict.allowed}"
+    for one in verdict.tested:
+        name = f"{one.candidate.method} at {report.written(one.candidate.budget)}"
+        bound = "" if one.bound is None else f": at least {100 * one.bound:.1f} % with {CONFIDENCE:.0%} confidence"
+        yield f"{name}: {one.agreeing} of {one.images} as the full model{bound or f', and that is too few ({rule})'}"
+    if verdict.chosen:
+        best = verdict.chosen.candidate
+        yield f"take {best.method} at {report.written(best.budget)}"
+    elif verdict.tested:
+        yield f"none: do not prune this, where {100 * promise:g} % of the answers have to stay"
+    else:
+        yield "none: no method reaches any of these budgets on this model"

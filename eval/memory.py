@@ -1,0 +1,90 @@
+"""What visual tokens cost in bytes: of the cache after a prefill, at its peak, and for each decoded token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vtc.eval import report
+from vtc.methods.compose import find_method
+from vtc.stage import Cache, Shape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vtc.eval.rows import Group, Row
+    from vtc.trace import Trace
+
+
+class Spent(NamedTuple):
+    """Of one image: tokens averaged over the layers, and bytes. See `Line`."""
+
+    tokens: float
+    held: float
+    read: float
+    peak: float
+
+    @classmethod
+    def alike(cls, tokens: float, token_bytes: int) -> Spent:
+        """Where all layers read and hold as many; `token_bytes` are those of a token in all layers."""
+        return cls(tokens, *(tokens * token_bytes,) * 3)
+
+    @classmethod
+    def of(cls, trace: Trace, token_bytes: int) -> list[Spent]:
+        """Of each row of a batch."""
+        unit = token_bytes / trace.depth
+        sizes = trace.held_sizes.sum(1), trace.read_sizes.sum(1), trace.peak_size
+        return [cls(tokens, *(unit * size for size in row)) for tokens, *row in
+                zip(trace.average_tokens.tolist(), *(size.tolist() for size in sizes), strict=True)]  # fmt: skip
+
+
+def mark(rows: Sequence[Row]) -> None:
+    """Say of rows which methods save nothing before the first token."""
+    late = {method: after_prefill(method) for method in {row["method"] for row in rows}.difference(UNMARKED)}
+    for row in rows:
+        if late.get(row["method"]):
+            row["after_prefill"] = True
+
+
+UNMARKED = (*report.ALWAYS, "smaller-image")
+
+
+def after_prefill(method: str) -> bool:
+    """Whether all that a method does, it does to the cache of a prefill that was as it would have been."""
+    stages = find_method(method).stages(Shape(decoder_layers=1024, tower_layers=1024, key_heads=8))
+    return all(isinstance(stage.site, Cache) for stage in stages)
+
+
+def priced(rows: Sequence[Row], groups: Sequence[Group]) -> list[Row]:
+    """The rows with their bytes, each the mean over the lines of its group."""
+    lines = {(method, repr(budget)): lines for method, budget, _, lines in groups}
+    found: list[Row] = []
+    for row in rows:
+        own = lines[row["method"], repr(row["budget"])]
+        held, read, peak = (float(np.mean([line[name] for line in own])) for name in ("held", "read", "peak"))
+        found.append({**row, "held": held, "read": read, "peak": peak})
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    """KiB an image and accuracy, a line a row; for 80 columns."""
+    from rich.table import Table
+
+    grid = Table(title=f"KiB of visual keys and values an image, {rows[0]['n']} questions; accuracy in percent")
+    for name in ("method", "budget", "held", "read a token", "peak", "accuracy"):
+        grid.add_column(
+            name, justify="left" if name == "method" else "right", no_wrap=name != "method", overflow="fold"
+        )
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        grid.add_row(
+            report.named(row),
+            report.written(row["budget"]) + ("" if row["reachable"] else " *"),
+            *(f"{row[name] / 1024:.1f}" for name in ("held", "read", "peak")),
+            report.spread(report.shown(row), report.factor(row), ".1f"),
+            end_section=following is not None and following["method"] not in (row["method"], "blind"),
+        )
+    notes = [] if all(row["reachable"] for row in rows) else ["* below the method's floor: run at the floor"]
+    grid.caption = "\n".join([*notes, *report.footnote(rows)]) or None
+    return grid

@@ -1,0 +1,362 @@
+"""The server: replies as OpenAI's, bounds that hold, clients that go away, a worker that dies."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+from openai import BadRequestError, OpenAI
+from PIL import Image
+from serve_fixtures import NEW, QUESTIONS, alone, chat, data_url, get, picture, post, request, serving, soon, tiny
+from test_readme import SERVED, blocks
+
+from vtc.serve.encode import NOTHING
+from vtc.serve.gate import Gate
+from vtc.serve.images import images
+from vtc.serve.limits import Limits
+from vtc.serve.metrics import Metrics
+from vtc.serve.request import read
+
+QUARTER = ("vtc-cls", 0.25)
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(Limits(body=100_000, pixels=10_000, images=2, new_tokens=20, waiting=30)) as server:
+        yield server
+
+
+def spoken(question: str, spend, *seen: Image.Image) -> str:
+    """The answer of generate(), as text."""
+    processor = tiny()[1]
+    text = processor.apply_chat_template(chat(question, len(seen)), add_generation_prompt=True)
+    return processor.decode(alone(text, seen, spend), skip_special_tokens=True)
+
+
+def content(reply: httpx.Response) -> str:
+    """Of a reply, whole or in chunks."""
+    assert reply.status_code == 200, reply.text
+    if not reply.headers["content-type"].startswith("text/event-stream"):
+        return reply.json()["choices"][0]["message"]["content"]
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    deltas = [choice["delta"] for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+# -- answers ------------------------------------------------------------------------------------------------------
+
+
+def test_replies_are_those_of_generate(served):
+    """At once: packed and alone, streamed and whole, several budgets, several images, none."""
+    asked = [
+        (QUESTIONS[0], QUARTER, [picture(0)], {}),
+        (QUESTIONS[0], QUARTER, [picture(0)], {"stream": True}),
+        (QUESTIONS[1], ("vtc-cls", 5), [picture(1)], {"vtc": {"budget": 5}}),
+        (QUESTIONS[1], ("tome", 0.5), [picture(2)], {"vtc": {"method": "tome", "budget": 0.5}, "stream": True}),
+        (QUESTIONS[2], NOTHING, [picture(3), picture(4)], {"vtc": {"method": "none"}}),
+        (QUESTIONS[2], ("fastv", 0.5), [picture(5)], {"vtc": {"method": "fastv", "budget": 0.5}}),
+        (QUESTIONS[2], ("fastv", 0.5), [picture(6)], {"vtc": {"method": "fastv", "budget": 0.5}, "stream": True}),
+        (QUESTIONS[0], QUARTER, [], {}),
+    ]
+    replies = post(served, *(request(question, *seen, **more) for question, _, seen, more in asked))
+    assert [*map(content, replies)] == [spoken(question, spend, *seen) for question, spend, seen, _ in asked]
+
+
+def test_a_reply_tells_what_it_cost(served):
+    packed, alone_ = post(
+        served,
+        request(QUESTIONS[0], picture(0), picture(1)),
+        request(QUESTIONS[0], picture(0), vtc={"method": "fastv", "budget": 0.5}),
+    )
+    told = packed.json()["usage"]
+    assert told["vtc"] == {
+        "method": "vtc-cls", "budget": 0.25, "visual_tokens_before": 72, "visual_tokens_after": 18, "packed": True
+    }  # fmt: skip
+    assert told["completion_tokens"] == NEW
+    assert told["prompt_tokens"] == told["total_tokens"] - NEW > 72
+    fastv = alone_.json()["usage"]["vtc"]
+    assert (fastv["visual_tokens_before"], fastv["packed"]) == (36, False)
+    assert 17 <= fastv["visual_tokens_after"] <= 18
+
+
+def test_a_sampled_answer_is_alone(served):
+    reply = post(served, request(QUESTIONS[0], picture(0), temperature=0.7, top_p=0.9))[0].json()
+    assert reply["usage"]["vtc"]["packed"] is False
+
+
+def test_a_budget_goes_down_with_the_load_and_up_again():
+    with serving(Limits(waiting=9), budgets=(0.5, 0.25, 0.11)) as server:
+        found = [server.spend()]
+        for inside in (1, 3, 4, 6, 7, 9, 2):
+            server.app.inside = inside
+            found.append(server.spend())
+        assert [budget for _, budget in found] == [0.5, 0.5, 0.5, 0.25, 0.25, 0.11, 0.11, 0.5]
+        server.app.inside = 6
+        told = post(server, request(QUESTIONS[0], picture(0)))[0].json()["usage"]["vtc"]
+        assert (told["budget"], told["visual_tokens_after"]) == (0.11, 4)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> str:
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def shows(*urls: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+
+
+BAD = {
+    "no image": (400, shows("data:image/png;base64," + base64.b64encode(b"GIF? no").decode()), "not an image"),
+    "no base64": (400, shows("data:image/png;base64,%%%"), "no base64"),
+    "a damaged one": (400, shows(data_url(picture(0))[:-400]), "damaged|base64"),
+    "a bomb": (400, shows(png(9_000, 9_000)), "9000 x 9000 pixels"),
+    "too many pixels together": (400, shows(png(90, 90), png(90, 90)), "1900 are left"),
+    "too many images": (400, shows(*[png(1, 1)] * 3), "3 images"),
+    "an address": (400, shows("http://127.0.0.1/x.png"), "fetches no URLs"),
+    "a file": (400, shows("file:///etc/passwd"), "data URL"),
+    "too large": (413, request("a" * 100_001), "more than 100000 bytes"),
+    "no JSON": (400, b"{", "JSON object"),
+    "no object": (400, b"[1]", "JSON object"),
+    "deep": (400, b"[" * 50_000, "."),
+    "no messages": (400, {"model": "tiny", "messages": []}, "messages"),
+    "unknown role": (400, {"model": "tiny", "messages": [{"role": "tool", "content": "a"}]}, "role"),
+    "another model": (404, request("a", model="other"), "'tiny'"),
+    "unknown field": (400, request("a", logprobs=True), "logprobs"),
+    "several answers": (400, request("a", n=2), "n: "),
+    "unknown method": (400, request("a", vtc={"method": "nope"}), "unknown method 'nope'.*vtc-cls"),
+    "a path for a method": (400, request("a", vtc={"method": "/etc/passwd"}), "unknown method"),
+    "no budget": (400, request("a", picture(0), vtc={"method": "vtc-cls"}), "budget"),
+    "unreachable budget": (400, request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}), "range is"),
+    "budget above all": (400, request("a", picture(0), vtc={"budget": 1.5}), "budget"),
+    "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
+    "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
+    "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_a_reason(served, case):
+    status, body, why = BAD[case]
+    (reply,) = post(served, body)
+    assert reply.status_code == status, reply.text
+    assert re.search(why, reply.json()["error"]["message"], re.DOTALL)
+
+
+def test_the_server_lives_after_bad_input(served):
+    post(served, *(body for _, body, _ in BAD.values()))
+    assert content(post(served, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
+    assert soon(lambda: not served.engine.prompts and served.app.inside == 0)
+    assert served.engine.blocks_in_use() == 0
+
+
+def test_only_what_is_for_clients_is_served(served):
+    assert get(served, "/v1/models").json()["data"][0]["id"] == "tiny"
+    assert get(served, "/health").json() == {"status": "ok"}
+    for path in ("/docs", "/openapi.json", "/reset", "/load_model", "/v1/completions", "/v1/responses"):
+        assert get(served, path).status_code in (404, 405), path
+
+    async def gone(path: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=served.app), base_url="http://x") as client:
+            return (await client.post(path, json={"model": "x"})).status_code
+
+    assert {asyncio.run(gone(path)) for path in ("/reset", "/load_model", "/v1/responses")} == {404}
+
+
+def test_metrics_count(served):
+    def value(name: str) -> float:
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", get(served, "/metrics").text, re.MULTILINE)[1])
+
+    names = ('vtc_requests_total{status="200"}', 'vtc_visual_tokens_total{when="before"}', "vtc_new_tokens_total")
+    names += ('vtc_visual_tokens_total{when="after"}', "vtc_first_token_seconds_count")
+    post(served, request(QUESTIONS[0], picture(0)))
+    before = [value(name) for name in names]
+    post(served, request(QUESTIONS[0], picture(0)), request(QUESTIONS[0], picture(1), stream=True))
+    assert [value(name) - start for name, start in zip(names, before, strict=True)] == [2, 72, 2 * NEW, 18, 2]
+    assert soon(lambda: value("vtc_blocks_in_use") == 0)
+    assert value("vtc_visual_tokens_remembered") >= 18
+
+
+def test_addresses_are_public_ones():
+    with pytest.raises(ValueError, match="no public address"):
+        images(["http://127.0.0.1:1/x.png"], Limits(urls=True))
+    with pytest.raises(ValueError, match="no public address"):
+        images(["http://[::1]/x.png"], Limits(urls=True))
+
+
+def test_greedy_is_packed_and_only_greedy():
+    messages = [{"role": "user", "content": "a"}]
+    for more, packed in ({}, True), ({"temperature": 0}, True), ({"temperature": 1}, False), ({"stop": "a"}, False):
+        assert read({"model": "m", "messages": messages, **more}).packed is packed
+    assert read({"model": "m", "messages": messages, "max_completion_tokens": 3}).max_tokens == 3
+
+
+# -- the gate -----------------------------------------------------------------------------------------------------
+
+
+def test_one_more_is_told_when_to_come_again():
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run() -> list[httpx.Response]:
+        gate = Gate(slow, Limits(waiting=2), Metrics())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=gate), base_url="http://x") as client:
+            replies = await asyncio.gather(*(client.post("/") for _ in range(5)))
+        assert gate.inside == 0
+        return replies
+
+    replies = asyncio.run(run())
+    assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429, 429]
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_client_that_goes_ends_its_request():
+    ended = []
+
+    async def endless(scope, receive, send):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        gate, messages = Gate(endless, Limits(), Metrics()), asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": b"{}"})
+        asyncio.get_running_loop().call_later(0.1, messages.put_nowait, {"type": "http.disconnect"})
+        await asyncio.wait_for(gate({"type": "http", "method": "POST"}, messages.get, None), 5)
+        assert gate.inside == 0
+
+    asyncio.run(run())
+    assert ended == [True]
+
+
+def test_a_body_that_does_not_come_is_given_up():
+    async def run() -> list[dict]:
+        gate, sent = Gate(None, Limits(seconds=0.1), Metrics()), []
+
+        async def send(message):
+            sent.append(message)
+
+        await gate({"type": "http", "method": "POST"}, asyncio.Queue().get, send)
+        return sent
+
+    assert asyncio.run(run())[0]["status"] == 408
+
+
+def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch):
+    with serving() as server:
+        post(server, request(QUESTIONS[0], picture(0)))
+
+        def broken(*args, **kwargs):
+            raise MemoryError("no room on this device")
+
+        monkeypatch.setattr(server.engine.batch_processor, "_generation_step", broken)
+        first, second = (post(server, request(QUESTIONS[0], picture(0), stream=stream))[0] for stream in (False, True))
+        assert (first.status_code, second.status_code) == (503, 503)
+        assert "no room on this device" in first.json()["error"]["message"]
+        assert get(server, "/health").status_code == 503
+        with pytest.raises(RuntimeError, match="the engine has died: no room on this device"):
+            asyncio.run(asyncio.wait_for(server.serve("127.0.0.1", free_port()), 20))
+
+
+# -- a process against a process ----------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """`vtc serve` with a model that never ends by itself, and OpenAI's client for it."""
+    port, folder = free_port(), tmp_path_factory.mktemp("served")
+    for part in tiny():
+        part.save_pretrained(folder)
+    given = {"--model": folder, "--name": "tiny", "--port": port, "--max-new-tokens": 300}
+    command = [sys.executable, "-m", "vtc.cli", "serve", *(str(x) for pair in given.items() for x in pair)]
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_core) as running:
+        try:
+            url = f"http://127.0.0.1:{port}"
+
+            def up() -> bool:
+                assert running.poll() is None, running.stderr.read()
+                try:
+                    return httpx.get(f"{url}/health").status_code == 200
+                except httpx.HTTPError:
+                    return False
+
+            assert soon(up, 120)
+            yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), url
+            running.send_signal(signal.SIGINT)
+            assert running.wait(20) in (0, -signal.SIGINT, 130)
+        finally:
+            running.kill()
+
+
+def test_openai_client_against_the_command(process):
+    client, _ = process
+    asked = request(QUESTIONS[0], picture(0))
+    whole = client.chat.completions.create(**asked)
+    chunks = [*client.chat.completions.create(**asked, stream=True)]
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert whole.choices[0].message.content == streamed == spoken(QUESTIONS[0], QUARTER, picture(0))
+    assert chunks[-1].usage.vtc["visual_tokens_after"] == whole.usage.vtc["visual_tokens_after"] == 9
+    more = {"extra_body": {"vtc": {"method": "vtc-cls", "budget": 12}}}
+    assert client.chat.completions.create(**asked, **more).usage.vtc["visual_tokens_after"] == 12
+    with pytest.raises(BadRequestError, match="unknown method"):
+        client.chat.completions.create(**asked, extra_body={"vtc": {"method": "nope"}})
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_clients_that_are_killed_give_their_blocks_back(process):
+    client, url = process
+    curl = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "content-type: application/json", "-d", "@-"]
+
+    def blocks() -> float:
+        return float(re.search(r"^vtc_blocks_in_use (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+
+    for stream in (True, False):
+        asked = request(QUESTIONS[0], picture(0), stream=stream) | {"max_tokens": 300}
+        with subprocess.Popen(curl, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            child.stdin.write(json.dumps(asked).encode())
+            child.stdin.close()
+            assert soon(lambda: blocks() > 0)
+            child.kill()
+        assert soon(lambda: blocks() == 0)
+    text = client.chat.completions.create(**request(QUESTIONS[1], picture(1))).choices[0].message.content
+    assert text == spoken(QUESTIONS[1], QUARTER, picture(1))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_what_pages_say_to_the_server(process, page, tmp_path):
+    """Blocks of Python and lines of curl, with this server's address and model in theirs."""
+    _, url = process
+    picture(0).save(tmp_path / "scene.png")
+    spoken_to = [(kind, block) for kind in ("python", "sh") for block in blocks(page, kind) if SERVED in block]
+    assert spoken_to
+    for kind, block in spoken_to:
+        here = block.replace(f"http://{SERVED}", url).replace('"reference"', '"tiny"')
+        command = [sys.executable if kind == "python" else "bash", "-c", here]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "visual_tokens_after" in done.stdout, done.stdout

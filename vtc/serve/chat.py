@@ -1,0 +1,140 @@
+"""`/v1/chat/completions`: from a request to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
+from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager
+
+from vtc.serve.alone import Solo
+from vtc.serve.encode import Alone, Spend
+from vtc.serve.engine import Packed, State
+from vtc.serve.memory import Full
+from vtc.serve.metrics import Metrics
+from vtc.serve.reading import Picture, Reading
+from vtc.serve.request import Asked, read
+from vtc.serve.ticket import Ticket
+
+
+class Chat(ChatCompletionHandler):
+    """Answers requests: packed where that is exact, alone where not."""
+
+    def __init__(self, models: ModelManager, state: State, reading: Reading, metrics: Metrics):
+        super().__init__(models, state)
+        self.reading, self.metrics = reading, metrics
+        self.packed: Packed = state.packed
+        self.alone = GenerateManager()
+        self.why_alone = reading.reason() or self.packed.engine.reason()
+        """Why no request of this model can be packed; None where they can."""
+        self.default: Callable[[], Spend]
+        """Method and budget of a request that names none, at this load."""
+
+    async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
+        """`request_id` is the client's: it goes back in a header, and is not looked at here."""
+        try:
+            asked, ticket = read(body), Ticket()
+            if asked.model != self.model_manager.force_model:
+                raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
+            ticket.spend = asked.spend(self.default())
+            config = self._config(asked)
+            text, ids = self.reading.text(asked)
+            pictures = await self.reading.pictures(asked)
+            if self.why_alone is None and asked.packed:
+                try:
+                    return await self._packed(asked, ticket, config, ids, pictures)
+                except Alone:
+                    pass
+            return await self._alone(asked, ticket, config, text, pictures)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        except Full as error:
+            raise HTTPException(429, str(error), {"retry-after": "1"}) from None
+
+    def _config(self, asked: Asked) -> GenerationConfig:
+        """Greedy, unless a temperature is asked for."""
+        most, new = self.reading.limits.new_tokens, asked.max_tokens
+        if new is not None and new > most:
+            raise ValueError(f"max_tokens: {new}; this server answers with {most} at most")
+        config = copy.deepcopy(self.reading.model.generation_config)
+        config.max_new_tokens, config.max_length, config.num_beams = new or most, None, 1
+        config.do_sample = bool(asked.temperature)
+        if asked.temperature:
+            config.temperature, config.top_p = asked.temperature, asked.top_p
+        config.stop_strings = asked.stop
+        return config
+
+    async def _packed(
+        self, asked: Asked, ticket: Ticket, config: GenerationConfig, ids: list[int], pictures: list[Picture]
+    ) -> StreamingResponse | JSONResponse:
+        prompt = await self.reading.prompt(ids, pictures, ticket.spend)
+        self.packed.engine.prompts[ticket] = prompt  # from here on the engine gives its images back
+        try:
+            self.reading.check_length(prompt.unpruned, config.max_new_tokens)
+            ticket.packed, ticket.prompt_tokens = True, prompt.unpruned
+            ticket.before = sum(kept.pruned.tokens for kept in prompt.images)
+            ticket.after = sum(len(kept.slots) for kept in prompt.images)
+            inputs = {"input_ids": ids, "prompt": prompt}
+            parts = (self.reading.model, self.reading.processor, asked.model, inputs, config, self.packed)
+            if asked.stream:
+                return self._streamed(ticket, *parts)
+            return await self._non_streaming(ticket, *parts)
+        except BaseException:
+            self.packed.engine.cancel_request(ticket)
+            raise
+
+    async def _alone(
+        self, asked: Asked, ticket: Ticket, config: GenerationConfig, text: str, pictures: list[Picture]
+    ) -> StreamingResponse | JSONResponse:
+        inputs = await self.reading.inputs(text, pictures)
+        solo: Any = Solo(self.reading.model, ticket)
+        ticket.packed, ticket.prompt_tokens = False, inputs["input_ids"].shape[1]
+        ticket.before = ticket.after = 0
+        self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
+        parts = (solo, self.reading.processor, asked.model, inputs, config, self.alone)
+        if asked.stream:
+            return self._streamed(ticket, *parts)
+        whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
+        try:
+            return await asyncio.shield(whole)
+        except asyncio.CancelledError:
+            solo.gone.set()
+            whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
+            raise
+
+    def _streamed(self, *parts: Any) -> StreamingResponse:
+        response = self._streaming(*parts)
+        response.body_iterator = _with_end(response.body_iterator)  # type: ignore[arg-type]
+        return response
+
+    # -- replies --------------------------------------------------------------------------------------------------
+
+    def _build_completion(self, request_id: str, *args: Any, **kwargs: Any) -> dict:
+        return super()._build_completion(request_id, *args, **self._told(request_id, kwargs))
+
+    def _build_chunk_sse(self, request_id: str = "", *args: Any, **kwargs: Any) -> str:
+        return super()._build_chunk_sse(request_id, *args, **self._told(request_id, kwargs))
+
+    def _told(self, ticket: str, reply: dict[str, Any]) -> dict[str, Any]:
+        """What a reply is made of, with more in its usage where it is the last part."""
+        if (usage := reply.get("usage")) is None or not isinstance(ticket, Ticket):
+            return reply
+        self.metrics.answered(ticket, usage.completion_tokens)
+        return {**reply, "usage": ticket.usage(usage)}
+
+
+async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """With the line that ends a stream for OpenAI's clients."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+        yield "data: [DONE]\n\n"
+    finally:
+        await chunks.aclose()  # type: ignore[attr-defined]

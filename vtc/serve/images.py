@@ -1,0 +1,84 @@
+"""Images out of requests: bounded before a pixel is decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import ipaddress
+import re
+import socket
+from urllib.parse import urlsplit
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vtc.serve.limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+def images(urls: list[str], limits: Limits) -> list[Image.Image]:
+    """The RGB images behind data URLs, and behind http addresses where those are allowed.
+
+    Raises ValueError, with the reason, for what is no image, too large, or not to be fetched.
+    """
+    if len(urls) > limits.images:
+        raise ValueError(f"{len(urls)} images; this server takes {limits.images} in a request")
+    left, found = limits.pixels, []
+    for url in urls:
+        found.append(_decoded(_content(url, limits), left))
+        left -= found[-1].width * found[-1].height
+    return found
+
+
+def _content(url: str, limits: Limits) -> bytes:
+    if match := re.match(r"data:image/[\w.+-]+;base64,", url):
+        try:
+            return base64.b64decode(url[match.end() :], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"the image is no base64: {error}") from None
+    if url.startswith(("http://", "https://")):
+        if not limits.urls:
+            raise ValueError("this server fetches no URLs: send the image as data:image/...;base64,...")
+        return _fetched(url, limits)
+    raise ValueError("an image is a data URL: data:image/...;base64,...")
+
+
+def _fetched(url: str, limits: Limits) -> bytes:
+    """What stands at a public address, without redirections."""
+    import httpx
+
+    host = urlsplit(url).hostname or ""
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise ValueError(f"{host} cannot be found: {error}") from None
+    if not all(ipaddress.ip_address(address).is_global for address in addresses):
+        raise ValueError(f"{host} is no public address")
+    content = b""
+    try:
+        with httpx.stream("GET", url, timeout=limits.seconds, follow_redirects=False) as response:
+            if response.status_code != 200:
+                raise ValueError(f"{host} answers {response.status_code}")
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > limits.body:
+                    raise ValueError(f"the image at {host} has more than {limits.body} bytes")
+    except httpx.HTTPError as error:
+        raise ValueError(f"{host} cannot be read: {error}") from None
+    return content
+
+
+def _decoded(content: bytes, pixels: int) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > pixels:  # known from the header
+                raise ValueError(f"an image of {image.width} x {image.height} pixels where {pixels} are left to use")
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image: {', '.join(FORMATS)} are read") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    except (OSError, SyntaxError, EOFError, OverflowError) as error:  # Pillow raises SyntaxError for broken PNG files
+        raise ValueError(f"a damaged image: {error}") from None

@@ -1,0 +1,105 @@
+"""From messages and images to what is generated from."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from jinja2 import TemplateError
+from PIL.Image import Image
+from transformers.cli.serving.utils import BaseHandler, Modality
+
+from vtc.serve.encode import NOTHING, Alone, Spend, prune
+from vtc.serve.images import images as open_images
+from vtc.serve.limits import Limits
+from vtc.serve.memory import Kept, Memory
+from vtc.serve.prompt import Prompt
+from vtc.serve.request import Asked
+from vtc.serve.tower import Tower
+
+Picture = tuple[Image, bytes]
+"""An image and its digest."""
+
+
+class Reading:
+    """Prompts for one model."""
+
+    def __init__(self, model: Any, processor: Any, tower: Tower, limits: Limits, context: int):
+        """`context`: tokens of a prompt and its answer."""
+        self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
+        self.memory: Memory = tower.memory
+        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for the threads that make `inputs`
+        self.placeholder: int = tower.adapter.image_token_id
+
+    async def pictures(self, asked: Asked) -> list[Picture]:
+        """Raises ValueError for what is no image, or too much of it."""
+
+        def opened() -> list[Picture]:
+            return [(image, self.memory.digest(image)) for image in open_images(asked.urls, self.limits)]
+
+        return await asyncio.to_thread(opened)
+
+    def text(self, asked: Asked) -> tuple[str, list[int]]:
+        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, too."""
+        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+        try:
+            chat = BaseHandler.get_processor_inputs_from_messages(messages, Modality.VLM)
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"messages: this model's chat template says: {error}") from None
+        ids = self.processor.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
+        if ids.count(self.placeholder) != len(asked.urls):
+            token = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder)
+            raise ValueError(f"messages: {token} stands for an image in this model's prompts, and is no text")
+        return text, ids
+
+    def _begins(self, text: str) -> bool:
+        """Whether the tokenizer is to put what begins a prompt before it: some templates have done so."""
+        begin = self.processor.tokenizer.bos_token
+        return begin is None or not text.startswith(begin)
+
+    async def prompt(self, ids: Sequence[int], pictures: Sequence[Picture], spend: Spend) -> Prompt:
+        """Images through the tower, and the prompt around them. Raises Alone, `Full`, ValueError."""
+        futures = [self.tower.submit(image, digest, spend) for image, digest in pictures]
+        try:
+            kept = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except BaseException:
+            for future in futures:
+                future.add_done_callback(self._give_back)
+            raise
+        return Prompt.of(ids, self.placeholder, kept, self.memory.vocabulary)
+
+    def _give_back(self, future: Future[Kept]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.memory.release(future.result())
+
+    async def inputs(self, text: str, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """What `generate` takes, for a request that is alone."""
+        images = [image for image, _ in pictures]
+        given, begins = [images] if len(images) > 1 else images or None, self._begins(text)
+
+        def made() -> Any:
+            with self._lock:
+                made = self._beside(images=given, text=[text], add_special_tokens=begins, return_tensors="pt")
+            return made.to(self.model.device, dtype=self.model.dtype)
+
+        return dict(await asyncio.to_thread(made))
+
+    def check_length(self, tokens: int, new: int) -> None:
+        """Raise ValueError for what is too long, with how long that is."""
+        if tokens + new > self.context:
+            raise ValueError(f"a prompt of {tokens} tokens and an answer of {new}; this server holds {self.context}")
+
+    def reason(self) -> str | None:
+        """Why no request of this model can share a batch; None where it can."""
+        from PIL import Image as pillow
+
+        try:
+            prune(self.model, self.tower.adapter, self.processor, [pillow.new("RGB", (64, 64))], NOTHING)
+        except Alone as error:
+            return str(error)
+        return None

@@ -1,0 +1,104 @@
+"""What a client may ask: the part of OpenAI's chat completions that this server answers, and `vtc`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vtc.methods import described
+from vtc.serve.encode import NOTHING, Spend
+
+
+class _Strict(BaseModel):
+    """What is not known is refused: it would change the answer."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Text(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Address(_Strict):
+    url: str
+    detail: str | None = None
+    """What OpenAI's models read; here the budget decides."""
+
+
+class Picture(_Strict):
+    type: Literal["image_url"]
+    image_url: Address
+
+
+class Message(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], Field(min_length=1)]
+    name: str | None = None
+
+
+class Compress(_Strict):
+    """`extra_body={"vtc": {"method": ..., "budget": ...}}`."""
+
+    method: str | None = None
+    """A name out of `vtc methods`, or "none" for all visual tokens."""
+    budget: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    """Visual tokens per image averaged over the decoder layers, or a fraction."""
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = True
+    include_obfuscation: bool = False
+
+
+class Asked(_Strict):
+    """A request."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    vtc: Compress | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """None and 0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: str | list[str] | None = None
+    n: Literal[1] = 1
+    user: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the answer is greedy and ends where the model ends it: only those share batches."""
+        return not self.temperature and self.top_p in (None, 1.0) and not self.stop
+
+    @property
+    def urls(self) -> list[str]:
+        """Of its images, in order."""
+        parts = (part for message in self.messages if not isinstance(message.content, str) for part in message.content)
+        return [part.image_url.url for part in parts if isinstance(part, Picture)]
+
+    def spend(self, default: Spend) -> Spend:
+        """Method and budget. Raises ValueError for a method that vtc has not."""
+        if self.vtc is None or (self.vtc.method is None and self.vtc.budget is None):
+            return default
+        method, budget = self.vtc.method, self.vtc.budget
+        if method == "none":
+            return NOTHING
+        if method is not None and method not in described():  # names alone: other forms would import and read files
+            raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(described())}")
+        return default[0] if method is None else method, budget
+
+
+def read(body: dict[str, Any]) -> Asked:
+    """A request out of JSON. Raises ValueError with the place of what does not fit."""
+    body = dict(body)
+    if body.get("max_completion_tokens") is not None:
+        body["max_tokens"] = body["max_completion_tokens"]
+    body.pop("max_completion_tokens", None)
+    try:
+        return Asked.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
