@@ -17,7 +17,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError
 
 from vtc.compression import Compression
-from vtc.methods.compose import find_method
+from vtc.methods.compose import with_budget
 from vtc.serve.chat import Chat
 from vtc.serve.encode import NOTHING, Spend
 from vtc.serve.engine import Engine, Packed, State, batching
