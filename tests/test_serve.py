@@ -259,12 +259,12 @@ def test_who_goes_away_gives_blocks_and_images_back():
 def test_a_cache_too_small_for_all_at_once_changes_nothing():
     """Requests are set back and begin again with what they have said: text of prompts and answers keeps its place."""
     small = dataclasses.replace(SIZES, cache=256)
-    given = [(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(8)]
-    expected = [alone(*case, 60) for case in given]
+    given = [(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(6)]
+    expected = [alone(*case, 40) for case in given]
     with engine(small) as (runs, prompt):
         prompts = [prompt(*case) for case in given]
-        assert sum(len(one) + 60 for one in prompts) > 2 * small.cache
-        assert results(runs, prompts, 60) == expected
+        assert sum(len(one) + 40 for one in prompts) > small.cache
+        assert results(runs, prompts, 40) == expected
 
 
 # -- the house ----------------------------------------------------------------------------------------------------
