@@ -13,7 +13,7 @@ from test_house import MODULES
 import vtc
 import vtc.adapter as adapters
 from vtc.eval.reader import load
-from vtc.serve.encode import NOTHING, Alone, prune
+from vtc.serve.encode import NOTHING, Alone, _stop, prune
 from vtc.serve.memory import Full, Memory
 from vtc.serve.tower import Tower
 
@@ -212,6 +212,16 @@ def test_a_prune_leaves_the_model_as_it_was():
         prune(model, adapters.find(model), processor, [picture(0)], ("fastv", 0.5))
     assert hooks() == before
     assert not hasattr(model, "vtc")
+
+
+def test_a_hook_that_is_half_hung_harms_no_other_thread():
+    """As another thread's call finds it between the two steps in which torch hangs it."""
+    model, _ = tiny()
+    handle = adapters.find(model).decoder.register_forward_pre_hook(_stop)
+    try:
+        assert alone(text(*chat(QUESTIONS[0])), [picture(0)], ("fastv", 0.5))
+    finally:
+        handle.remove()
 
 
 def test_the_engine_shares_weights_and_nothing_else():
