@@ -136,7 +136,16 @@ def main() -> None:
     for name, default in {"requests": 200, "soak": 2000, "clients": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options, port = parser.parse_args(), free_port()
-    command = [sys.executable, "-m", "vtc.cli", "serve", "--port", str(port), "--remember", "1024"]
+    command = [
+        sys.executable,
+        "-m",
+        "vtc.cli",
+        "serve",
+        "--port",
+        str(port),
+        "--remember",
+        "2048",
+    ]  # room for what 12 clients ask, and no more
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}"
 

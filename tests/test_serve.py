@@ -13,7 +13,7 @@ from test_house import MODULES
 import vtc
 import vtc.adapter as adapters
 from vtc.eval.reader import load
-from vtc.serve.encode import NOTHING, Alone, prune
+from vtc.serve.encode import NOTHING, Alone, _stop, prune
 from vtc.serve.memory import Full, Memory
 from vtc.serve.tower import Tower
 
@@ -206,12 +206,23 @@ def test_a_prune_leaves_the_model_as_it_was():
     def hooks() -> list[int]:
         return [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
 
+    alone(text(*chat(QUESTIONS[0])), [picture(0)], QUARTER)  # transformers hangs some of its own in a first call
     before = hooks()
     prune(model, adapters.find(model), processor, [picture(0)], QUARTER)
     with pytest.raises(Alone):
         prune(model, adapters.find(model), processor, [picture(0)], ("fastv", 0.5))
     assert hooks() == before
     assert not hasattr(model, "vtc")
+
+
+def test_a_hook_that_is_half_hung_harms_no_other_thread():
+    """As another thread's call finds it between the two steps in which torch hangs it."""
+    model, _ = tiny()
+    handle = adapters.find(model).decoder.register_forward_pre_hook(_stop)
+    try:
+        assert alone(text(*chat(QUESTIONS[0])), [picture(0)], ("fastv", 0.5))
+    finally:
+        handle.remove()
 
 
 def test_the_engine_shares_weights_and_nothing_else():
@@ -259,12 +270,12 @@ def test_who_goes_away_gives_blocks_and_images_back():
 def test_a_cache_too_small_for_all_at_once_changes_nothing():
     """Requests are set back and begin again with what they have said: text of prompts and answers keeps its place."""
     small = dataclasses.replace(SIZES, cache=256)
-    given = [(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(8)]
-    expected = [alone(*case, 60) for case in given]
+    given = [(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(6)]
+    expected = [alone(*case, 40) for case in given]
     with engine(small) as (runs, prompt):
         prompts = [prompt(*case) for case in given]
-        assert sum(len(one) + 60 for one in prompts) > 2 * small.cache
-        assert results(runs, prompts, 60) == expected
+        assert sum(len(one) + 40 for one in prompts) > small.cache
+        assert results(runs, prompts, 40) == expected
 
 
 # -- the house ----------------------------------------------------------------------------------------------------

@@ -10,15 +10,31 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import httpx
 import pytest
+import torch
 from openai import BadRequestError, OpenAI
 from PIL import Image
-from serve_fixtures import NEW, QUESTIONS, alone, chat, data_url, get, picture, post, request, serving, soon, tiny
+from serve_fixtures import (
+    NEW,
+    QUESTIONS,
+    SIZES,
+    alone,
+    chat,
+    data_url,
+    get,
+    picture,
+    post,
+    request,
+    serving,
+    soon,
+    tiny,
+)
 from test_readme import SERVED, blocks
 
-from vtc.serve.encode import NOTHING
+from vtc.serve.encode import NOTHING, Pruned
 from vtc.serve.gate import Gate
 from vtc.serve.images import images
 from vtc.serve.limits import Limits
@@ -202,6 +218,16 @@ def test_greedy_is_packed_and_only_greedy():
     for more, packed in ({}, True), ({"temperature": 0}, True), ({"temperature": 1}, False), ({"stop": "a"}, False):
         assert read({"model": "m", "messages": messages, **more}).packed is packed
     assert read({"model": "m", "messages": messages, "max_completion_tokens": 3}).max_tokens == 3
+
+
+def test_images_that_have_no_room_now_are_told_to_come_again():
+    with serving(sizes=replace(SIZES, remembered=40)) as server:
+        memory = server.tower.memory
+        kept = memory.add("another's", Pruned([], [], 36, torch.zeros(36, 32), False))
+        (refused,) = post(server, request(QUESTIONS[0], picture(0)))
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        memory.release(kept)
+        assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
 
 
 # -- the gate -----------------------------------------------------------------------------------------------------

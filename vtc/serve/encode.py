@@ -79,7 +79,8 @@ def prune(model: Any, adapter: Adapter, processor: Any, images: Sequence[Image],
     return _pruned(adapter, inputs, entered["forward"], entered["kwargs"])
 
 
-def _stop(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _stop(decoder: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    # torch hangs a hook first and notes that it takes kwargs then: another thread's call may come between
     if (entered := entering.get()) is not None:
         entered.update(forward=running.get(), kwargs=kwargs)
         raise _Entered
