@@ -21,6 +21,7 @@ from vtc.choice import Choice, Seen
 from vtc.demo import speed
 from vtc.demo.media import Picture
 from vtc.eval.reader import Reader
+from vtc.held import nbytes
 from vtc.stage import Budget, Method, Shape, Stage
 
 MODEL = Lock()
@@ -146,7 +147,7 @@ def _answer(reader: Reader, inputs: dict[str, Tensor], tell: Callable[[str], Non
     return Answer(
         reader.processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip(),
         decode=(later[-1] - first) / len(later) if later else None,
-        kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        kv_bytes=nbytes(cache),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ def servers(case: Case, compared: Sequence[Arm]) -> Iterator[dict[Arm, str]]:
             with socket.socket() as one:
                 one.bind(("127.0.0.1", 0))
                 port = one.getsockname()[1]
-            running.append(context.Process(target=_packed if kind is None else _sequential, args=(case, kind, port)))
+            running.append(context.Process(target=_serve, args=(case, kind, port), daemon=True))
             running[-1].start()
             found[kind] = f"http://127.0.0.1:{port}"
             _wait(running[-1], found[kind])
@@ -91,20 +92,29 @@ def _wait(process: Any, url: str) -> None:
     raise RuntimeError(f"a server of this comparison ended with exit code {process.exitcode}")
 
 
-def _packed(case: Case, _: None, port: int) -> None:
+def _serve(case: Case, arm: Arm | None, port: int) -> None:
+    """A server until it is told to end; None: vtc's."""
+    model, processor = material(case)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends by it, and would then die of it
+    _packed(case, model, processor, port) if arm is None else _sequential(case, arm, model, processor, port)
+
+
+def _packed(case: Case, model: Any, processor: Any, port: int) -> None:
     """`vtc serve`."""
     import asyncio
 
     from vtc.serve.app import Server
     from vtc.serve.limits import Limits
 
-    model, processor = material(case)
     server = Server(model, processor, NAME, method=None, limits=Limits(waiting=4096, new_tokens=case.new_tokens))
     server.start()
-    asyncio.run(server.serve("127.0.0.1", port))
+    try:
+        asyncio.run(server.serve("127.0.0.1", port))
+    finally:
+        server.stop()
 
 
-def _sequential(case: Case, arm: Arm, port: int) -> None:
+def _sequential(case: Case, arm: Arm, model: Any, processor: Any, port: int) -> None:
     """What `transformers serve` runs, around a model that is wrapped where the arm has a budget."""
     import uvicorn
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -114,7 +124,6 @@ def _sequential(case: Case, arm: Arm, port: int) -> None:
 
     import vtc
 
-    model, processor = material(case)
     if arm.budget is not None:
         vtc.wrap(model, case.method, arm.budget)
 
@@ -138,6 +147,7 @@ def material(case: Case) -> tuple[Any, Any]:
     from vtc.eval.reader import load, model_path
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     if case.model not in shapes.SHAPES:
         reader = load(model_path(case.model), case.device)

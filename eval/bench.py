@@ -25,6 +25,7 @@ from torch import Tensor
 import vtc
 from vtc import adapter, cost
 from vtc.eval import shapes
+from vtc.held import nbytes
 
 PARTS = {
     "vision": "vision tower",
@@ -241,7 +242,7 @@ def _once(model: torch.nn.Module, inputs: dict[str, Tensor], new_tokens: int) ->
     with _timed_vision(model, vision):
         first, out = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model)
     peak, cache = peak_bytes(model.device), out.past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    held = nbytes(cache)
 
     def decode() -> None:
         token = out.logits[:, -1:].argmax(-1)

@@ -33,4 +33,6 @@ for batch in 1 8; do
     "$vtc" peers --model llava-1.5-7b --budgets 64 --batch $batch --device cuda --dtype bfloat16 \
         --out "$out/peers-$batch"
 done
+"$vtc" load --model llava-1.5-7b --device cuda --dtype bfloat16 --clients 1,4,12 --budgets 0.25,0.11 --requests 96 \
+    --new-tokens 64 --out "$out/load"
 "$vtc" throughput --model llava-1.5-7b --device cuda --dtype bfloat16 --out "$out"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from vtc.eval import report
+from vtc.methods.compose import find_method
+from vtc.stage import Cache, Shape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,11 +40,21 @@ class Spent(NamedTuple):
                 zip(trace.average_tokens.tolist(), *(size.tolist() for size in sizes), strict=True)]  # fmt: skip
 
 
-def mark(rows: Sequence[Row], after_prefill: Mapping[str, bool]) -> None:
-    """Say of the rows of methods, by name, which of them save nothing before the first token."""
+def mark(rows: Sequence[Row]) -> None:
+    """Say of rows which methods save nothing before the first token."""
+    late = {method: after_prefill(method) for method in {row["method"] for row in rows}.difference(UNMARKED)}
     for row in rows:
-        if after_prefill.get(row["method"]):
+        if late.get(row["method"]):
             row["after_prefill"] = True
+
+
+UNMARKED = (*report.ALWAYS, "smaller-image")
+
+
+def after_prefill(method: str) -> bool:
+    """Whether all that a method does, it does to the cache of a prefill that was as it would have been."""
+    stages = find_method(method).stages(Shape(decoder_layers=1024, tower_layers=1024, key_heads=8))
+    return all(isinstance(stage.site, Cache) for stage in stages)
 
 
 def priced(rows: Sequence[Row], groups: Sequence[Group]) -> list[Row]:

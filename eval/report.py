@@ -154,7 +154,11 @@ def named(row: Row) -> str:
 
 def footnote(rows: Sequence[Row]) -> list[str]:
     """What that mark means, where there is one."""
-    return ["† saves memory and decoding, not the first token"] if any(row.get("after_prefill") for row in rows) else []
+    marked = any(row.get("after_prefill") for row in rows)
+    return [LATE, "(that is the full model's: answers of one token say nothing about it)"] if marked else []
+
+
+LATE = "† saves memory and decoding, not the first token"
 
 
 def table(rows: list[Row]) -> Table:
@@ -242,7 +246,14 @@ def picture(
     order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
     for method, points in _curves(rows).items():
         i = order.index(method)  # a method's colour does not depend on how it did
-        _draw_curve(axes, method, points, always["full"], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        _draw_curve(
+            axes,
+            method,
+            points,
+            always["full"],
+            COLOURS[i % len(COLOURS)],
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+        )
     for name, row in always.items():
         above = name == "full"
         value, low, high = shown(row)
@@ -259,8 +270,8 @@ def picture(
         axes.plot(tokens, accuracy, "x", color=colour, markersize=6, zorder=2)
     if published:
         axes.plot([], [], "x", color="0.3", label="published")
-    for note in footnote(rows):
-        axes.plot([], [], " ", label=note.replace(", ", ",\n"))
+    if footnote(rows):
+        axes.plot([], [], " ", label=LATE.replace(", ", ",\n"))
     _dress(axes, rows, title, AXES[per], hollow=not all(row["reachable"] for row in rows))
     figure.savefig(path)
 

@@ -61,8 +61,6 @@ class Arm:
     budget: int | float
     spend: int | float
     reachable: bool = True
-    after_prefill: bool = False
-    """Whether nothing leaves before the first token is there."""
 
     def key(self, question_id: str) -> str:
         return folder.key(self.method, self.budget, question_id)
@@ -126,7 +124,7 @@ def evaluate(
         report.summarise([g for g in groups if g[0] != mis.SWAPPED], settings.seed),
         mis.needing(groups, settings.seed),
     )
-    memory.mark([*rows, *needing["rows"]], {arm.method: arm.after_prefill for arm in arms})
+    memory.mark([*rows, *needing["rows"]])
     folder.write_json(out / "needs-image.json", needing)
     measure = getattr(benchmark, "MEASURE", "accuracy")
     title = f"{settings.model}: {measure} over {{}} questions of {settings.benchmark}"
@@ -158,8 +156,7 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
             _check_smaller(reader, inputs)
         for budget in budgets_of(method, settings.budgets):
             arms.append(Arm(method, budget, budget))
-            for arm, *_ in _reached(reader, arms[-1], [example], inputs, settings.suffix):
-                arms[-1].after_prefill = arm.after_prefill
+            list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
 
 
@@ -250,7 +247,6 @@ def _answer(
     method = BLIND if arm.method == "blind" else arm.method
     with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
-        arm.after_prefill = bool(trace.stages) and all(isinstance(stage.site, vtc.Cache) for stage in trace.stages)
         return predictions, Spent.of(trace, each)
 
 

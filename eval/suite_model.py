@@ -417,7 +417,7 @@ class Vtc(lmms):
         prompt = inputs["attention_mask"].sum(1).tolist()
         text = (inputs["attention_mask"].bool() & ~visual).sum(1).tolist()
         written = (new != tokenizer.pad_token_id).sum(1).tolist()
-        layers, element = trace.tokens_per_layer[::beams].tolist(), torch.finfo(model.dtype).bits // 8
+        layers, element = trace.held_sizes[::beams].tolist(), torch.finfo(model.dtype).bits // 8
         seconds = trace.seconds.get("prefill")
         return [
             Measured(
@@ -425,7 +425,7 @@ class Vtc(lmms):
                 output_tokens=written[row],
                 visual_tokens=sum(visual) / len(visual),
                 prefill_ms=seconds and 1000 * seconds / len(prompt),
-                kv_bytes=kv_bytes(visual, text[row], adapter.decoder.config, element),
+                kv_bytes=round(kv_bytes(visual, text[row], adapter.decoder.config, element)),
             )
             for row, visual in enumerate(layers)
         ]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import folder, measure, mis, published, report, run
+from vtc.eval import folder, measure, memory, mis, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
@@ -368,6 +368,7 @@ def _write(
     ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
+    memory.mark(rows)
     for row, results, asked in zip(rows, found, samples, strict=True):
         row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
     where.mkdir(parents=True, exist_ok=True)
@@ -472,7 +473,30 @@ def _manager(include_path: str | None = None) -> Any:
     from vtc.eval import tasks
 
     folders = [str(tasks.PATH), *([include_path] if include_path else [])]
-    return TaskManager("WARNING", include_path=folders, model_name="vtc")
+    with _yaml_in_c():
+        return TaskManager("WARNING", include_path=folders, model_name="vtc")
+
+
+@contextmanager
+def _yaml_in_c() -> Iterator[None]:
+    """Let `yaml.full_load` parse in C where PyYAML can: lmms-eval reads thousands of files, for seconds otherwise."""
+    import yaml
+
+    if not yaml.__with_libyaml__:
+        yield
+        return
+
+    class Loader(yaml.cyaml.CParser, yaml.FullLoader):  # with the constructors that lmms-eval gives to FullLoader
+        def __init__(self, stream: Any):
+            yaml.cyaml.CParser.__init__(self, stream)
+            yaml.constructor.FullConstructor.__init__(self)
+            yaml.resolver.Resolver.__init__(self)
+
+    slow, yaml.full_load = yaml.full_load, lambda stream: yaml.load(stream, Loader)
+    try:
+        yield
+    finally:
+        yaml.full_load = slow
 
 
 def _import_lmms_eval() -> None:

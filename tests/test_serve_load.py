@@ -3,10 +3,12 @@
 import asyncio
 import threading
 
+import models
 import pytest
-from serve_fixtures import serving, soon
+from serve_fixtures import picture, serving, soon
 from test_serve_http import free_port
 
+from vtc.eval import arms as arms_
 from vtc.eval import clients
 from vtc.eval.arms import Arm, Case, arms
 from vtc.eval.clients import Sample
@@ -79,12 +81,23 @@ def test_ratios_are_to_the_first_arm_at_the_same_load():
         samples = [Sample(0.1, 0.2, 4)] * 2
         return {"arm": arm, "clients": count, "round": number, **clients.summary(samples, 2 / rate)}
 
-    rows = [
-        row(arm, count, n, rate * count) for arm, rate in (("a", 2.0), ("b", 3.0)) for count in (1, 4) for n in (0, 1)
-    ]
+    loads = [(count, number) for count in (1, 4) for number in (0, 1)]
+    rows = [row(arm, count, number, rate * count) for arm, rate in (("a", 2.0), ("b", 3.0)) for count, number in loads]
     assert [(x["arm"], x["clients"], x["ratio"]) for x in clients.medians(rows)] == [
         ("a", 1, 1.0), ("a", 4, 1.0), ("b", 1, 1.5), ("b", 4, 1.5)
     ]  # fmt: skip
+
+
+def test_a_shape_has_a_processor_whose_words_are_its_ids():
+    config = models.llava().config
+    processor = arms_._processor(config)
+    (request,) = clients.body(PACKED, Case("tiny"), 1)["messages"]
+    chat = [{"role": "user", "content": [{"type": "image"}, request["content"][1]]}]
+    text = processor.apply_chat_template(chat)
+    ids = processor(images=picture(0), text=text)["input_ids"][0]
+    assert ids.count(config.image_token_id) == 36
+    assert len(ids) > 40
+    assert processor.decode([5, 6]) == "w5 w6"
 
 
 def test_the_baselines_come_first():

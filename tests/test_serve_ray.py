@@ -1,7 +1,5 @@
 """Two replicas behind Ray Serve, where Ray is installed."""
 
-import os
-
 import httpx
 import pytest
 from serve_fixtures import QUESTIONS, picture, request, tiny
@@ -12,8 +10,9 @@ from vtc.serve.replicas import application
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
 
 
-def test_two_replicas_answer(tmp_path):
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+def test_two_replicas_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import ray
     from ray import serve
 

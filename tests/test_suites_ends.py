@@ -118,6 +118,18 @@ def test_packages_that_a_task_needs_are_named_first(data, tmp_path, monkeypatch)
         suites.evaluate(replace(SMALL, tasks=("pope", "mmbench_en_dev_static")), tmp_path, dry_run=True)
 
 
+def test_the_index_of_tasks_is_lmms_evals_own(data):
+    """Parsed in C it is the same, to the last task and its settings; and nothing stays patched."""
+    import yaml
+    from lmms_eval.tasks import TaskManager
+
+    slow = yaml.full_load
+    ours, theirs = suites._manager(), TaskManager("ERROR", include_path=[str(tasks.PATH)], model_name="vtc")
+    assert yaml.full_load is slow
+    assert ours.all_tasks == theirs.all_tasks
+    assert ours.task_index == theirs.task_index
+
+
 def test_the_field(data, monkeypatch, capsys):
     from vtc.cli import about
 

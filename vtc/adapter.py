@@ -80,8 +80,7 @@ class Adapter:
 
     def window(self, layer: HfModule) -> int | None:
         """How many positions back a decoder layer sees; None where it sees all."""
-        attention = layer.self_attn
-        return getattr(attention, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
+        return getattr(layer.self_attn, "sliding_window", getattr(self.decoder.config, "sliding_window", None))
 
     def branches(self, layer: HfModule) -> dict[str, HfModule]:
         """The modules of one decoder layer whose outputs are what goes into and comes out of its two residual branches.
@@ -207,22 +206,19 @@ class Adapter:
         """(height, width) of the grid of an image or a tile with this many tokens."""
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(
-                f"{tokens} visual tokens are not a square grid; {type(self).__name__} must say what they are"
-            )
+            raise ValueError(f"{tokens} visual tokens are not a square grid, and {type(self).__name__} names no other")
         return side, side
 
     def shape(self) -> Shape:
         heads, config = self.decoder_attention(self.layers[0]).key_heads, self.decoder.config
         channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bits = 8 * self.model.dtype.itemsize
-        return Shape(len(self.layers), len(self.tower_blocks()), self.has_cls(), heads, channels, bits)
+        layers, blocks, bits = len(self.layers), len(self.tower_blocks()), 8 * self.model.dtype.itemsize
+        return Shape(layers, blocks, self.has_cls(), heads, channels, bits)
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
     """Class decorator: serve `adapter.model_types`."""
-    for model_type in adapter.model_types:
-        ADAPTERS[model_type] = adapter
+    ADAPTERS.update(dict.fromkeys(adapter.model_types, adapter))
     return adapter
 
 

@@ -24,7 +24,7 @@ def prefill_flops(visual: Sequence[int], text: int, config: Any) -> float:
     return sum(layer_flops(tokens + text, config) for tokens in visual)
 
 
-def kv_bytes(visual: Sequence[int], text: int, config: Any, element: int) -> int:
+def kv_bytes(visual: Sequence[float], text: int, config: Any, element: int) -> float:
     """Bytes of keys and values that one row holds after that prefill; `element` is the size of one number in bytes."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_key_value_heads * head * element * sum(tokens + text for tokens in visual)

@@ -166,7 +166,7 @@ class Forward:
         with clock.timed("score", device):
             scores = stage.score(seen)
         with clock.timed("select", device):
-            choice = by_head(stage.select, scores, seen, torch.tensor(counts, device=device))
+            choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
         self._note(stage, choice, scores)
         return choice, scores
 

@@ -97,7 +97,7 @@ def k_means(features: Tensor, valid: Tensor, count: int, spherical: bool = False
     centres = _of(x, greedy(start, valid, count, taken))
     spare = torch.arange(count, device=x.device) >= valid.sum(1, keepdim=True)
     for number in range(rounds + 1):
-        apart = centres.square().sum(2)[:, None] - 2 * x @ centres.transpose(1, 2)
+        apart = centres.square().sum(2)[:, None] - 2 * (x @ centres.transpose(1, 2))
         group = apart.masked_fill(spare[:, None], torch.inf).argmin(2)
         if number < rounds:
             member = (one_hot(group, count) * valid[..., None]).float()

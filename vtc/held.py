@@ -148,6 +148,13 @@ def held_length(cache: Any, layer: int = 0) -> int:
     return cache.layers[layer].get_seq_length() if layer < len(cache.layers) else 0
 
 
+def nbytes(cache: Any) -> int:
+    """Bytes of the keys and values that all layers of a cache hold, and of what it takes to read packed ones."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    parts = ([layer] if isinstance(layer, PackedLayer) else [layer.keys, layer.values] for layer in layers)
+    return sum(x.nbytes for part in parts for x in part)
+
+
 def is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 

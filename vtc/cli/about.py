@@ -16,7 +16,7 @@ from vtc.cli.terminal import quiet
 
 
 def methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it, with figures.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/methods.md has it, with figures.")] = False,
 ) -> None:
     """List the methods: where tokens leave in a model of 32 layers, whether they are trained, see the question, merge.
 
@@ -41,10 +41,11 @@ def methods(
 BUDGETS = 0.5, 0.25, 0.11
 
 
-def methods_table() -> str:
+def methods_table(best: int | None = None) -> str:
     """The table of methods in Markdown; first those with the best accuracy at a quarter of the tokens.
 
-    Accuracy in percent at `BUDGETS`, with half of the 95 % interval, from the summary that ships.
+    Accuracy in percent at `BUDGETS`, with half of the 95 % interval, from the summary that ships. With `best` so many
+    at most, and those that were measured only.
     """
     import vtc.eval
     from vtc.methods import described
@@ -66,7 +67,8 @@ def methods_table() -> str:
 
     head = ("method", "where", "trained", "question", "merges", *(f"{budget:.0%}" for budget in BUDGETS), "paper")
     lines, found, papers = [head, ("---",) * len(head)], overview(), described()
-    for name in sorted(found, key=rank):
+    names = sorted(found, key=rank)
+    for name in names if best is None else [name for name in names if rank(name)][:best]:
         cells = (cell(name, budget) for budget in BUDGETS)
         lines.append((f"`{name}`", found[name].where, *found[name].flags, *cells, papers[name][1]))
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)

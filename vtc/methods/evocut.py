@@ -26,7 +26,7 @@ class EvoCut(Method):
     can see: directions are those of a patch's state after the block less before it; k-means makes `directions` main
     ones, and a patch's deviation is 1 less its cosine to the nearest. The score is their moving average over blocks.
 
-    Our reading of what is left open: k-means on unit vectors from farthest points, 10 rounds; the average starts with
+    Our reading of what is left open: k-means on unit vectors from farthest points, 5 rounds; the average starts with
     the first block's deviation. Directions are those of a crop, and a visual token of several patches has the mean of
     their scores. In a tower with windows only the blocks that see all are looked at.
     """
@@ -76,7 +76,7 @@ class Deviation(Need):
         before, after = (tower.adapter.patches(record[name], tower.call).float() for name in ("before", "after"))
         valid = (after != 0).any(2)  # filling, in a batch of crops of different sizes
         direction = normalize(after - before, dim=2)
-        group = k_means(direction.transpose(1, 2), valid, self.directions, spherical=True)
+        group = k_means(direction.transpose(1, 2), valid, self.directions, spherical=True, rounds=5)
         member = (one_hot(group, self.directions) * valid[..., None]).float().transpose(1, 2)
         main = normalize(member @ direction, dim=2)
         cosine = (direction @ main.transpose(1, 2)).masked_fill(member.sum(2)[:, None] == 0, -torch.inf)

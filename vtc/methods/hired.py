@@ -14,7 +14,7 @@ import vtc.groups as groups
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
 from vtc.grids import Grid, cells, places
-from vtc.observe import ClsRow, ReceivedAttention
+from vtc.observe import salience
 from vtc.select import top_k
 from vtc.stage import Method, Shape, Share, Stage
 
@@ -45,8 +45,7 @@ class HiRED(Method):
     space: ClassVar[dict[str, tuple[float, float]]] = {"alpha": (0.1, 1.0)}
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        row = ClsRow if shape.cls else ReceivedAttention
-        first, last = row(0), row(shape.tower_layers - 1)
+        first, last = salience(shape, 0), salience(shape, shape.tower_layers - 1)
 
         def select(late: Tensor, seen: Seen, keep: Tensor) -> Choice:
             return self._select(scores.head_mean(seen[first]), late, seen, keep)

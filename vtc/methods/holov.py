@@ -15,7 +15,7 @@ import vtc.groups as groups
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
 from vtc.need import Need
-from vtc.observe import ClsRow, PatchStates, ReceivedAttention
+from vtc.observe import PatchStates, salience
 from vtc.stage import Method, Shape, Stage
 
 
@@ -47,7 +47,7 @@ class HoloV(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
-        states, row = PatchStates(last), (ClsRow if shape.cls else ReceivedAttention)(last)
+        states, row = PatchStates(last), salience(shape, last)
         select = partial(self._select, states)
         return (Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), select),)
 

@@ -49,7 +49,9 @@ class Msdg(Method):
         layers = [min(depth, max(1, round(layer * (depth + 1) / 24))) for layer in (2, 12, 14, 19, 23)]
         early, sinks, before, after, late = (PatchStates(layer - 1) for layer in layers)
         if before == after:
-            raise ValueError(f"msdg compares states before and after late blocks of the tower, and sees {depth} of it")
+            raise ValueError(
+                f"this method compares what the tower's blocks 14 and 19 of 24 leave; of this one's {depth} are seen"
+            )
         question = QuestionCosine(0, over="max")
 
         def score(seen: Seen) -> Tensor:

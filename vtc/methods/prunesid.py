@@ -13,7 +13,7 @@ import vtc.cover as cover
 import vtc.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.need import Need
-from vtc.observe import ClsRow, PatchStates, ReceivedAttention
+from vtc.observe import PatchStates, salience
 from vtc.stage import Method, Shape, Stage
 
 
@@ -40,7 +40,7 @@ class PruneSID(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
-        states, row = PatchStates(last), (ClsRow if shape.cls else ReceivedAttention)(last)
+        states, row = PatchStates(last), salience(shape, last)
         return (Stage(0, lambda seen: seen[row].sum(1), (row, states), partial(_select, states)),)
 
 

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat
 
 import vtc.cover as cover
 import vtc.scores as scores
-from vtc.observe import ClsRow, PatchStates, ReceivedAttention
+from vtc.observe import PatchStates, salience
 from vtc.stage import Method, Shape, Stage
 
 
@@ -36,6 +36,6 @@ class SCoRe(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
-        states, row = PatchStates(last), (ClsRow if shape.cls else ReceivedAttention)(last)
+        states, row = PatchStates(last), salience(shape, last)
         covering = partial(cover.farthest, of=states, power=self.alpha)
         return (Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), covering),)
