@@ -33,6 +33,10 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
     place = np.clip(np.searchsorted(edges, density, side="right") - 1, 0, max(0, len(edges) - 2))
     bins = [place == n for n in range(max(1, len(edges) - 1))]
     x = [float(np.median(density[inside])) for inside in bins]
+    ticks: list[float] = []
+    for value in x:
+        if all(value > 1.15 * tick for tick in ticks):  # closer labels would overlap
+            ticks.append(value)
     lost = {
         (name, budget): _lost(means, (name, budget), bins)
         for budget in budgets
@@ -60,7 +64,7 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xticks(x, [f"{value:.2g}" for value in x], fontsize=8)
+        axes.set_xticks(ticks, [f"{value:.2g}" for value in ticks], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
     figure.supxlabel("density of the image: bits a patch (bins of equally many questions)", fontsize=9)
     figure.supylabel("accuracy less the full model's, points", fontsize=9)

@@ -269,15 +269,15 @@ def test_eval_runs_a_file_at_its_own_budget(tmp_path, tiny):  # noqa: F811
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-def choose_on(photos, tiny, out, *more, run=run_vtc):  # noqa: F811
+def choose_on(photos, tiny, out, *more, by=run_vtc):  # noqa: F811
     asked = ("--methods", "uniform,random", "--budgets", "1.0,0.5", "--max-new-tokens", 2, "--device", "cpu")
-    return run("choose", "--model", tiny, "--images", photos, "--out", out, *asked, *more)
+    return by("choose", "--model", tiny, "--images", photos, "--out", out, *asked, *more)
 
 
 @pytest.fixture(scope="module")
 def chosen(photos, tiny, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("choose") / "out"
-    done = choose_on(photos, tiny, out, "--agree", 0.5, run=start_vtc)
+    done = choose_on(photos, tiny, out, "--agree", 0.5, by=start_vtc)
     assert done.returncode == 0, done.stderr
     return out, done
 
