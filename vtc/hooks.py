@@ -22,7 +22,7 @@ from vtc.force import InForce
 from vtc.forward import Forward
 from vtc.need import Need, Record, recording
 from vtc.observe import Tower
-from vtc.patch import Patch, around
+from vtc.patch import Patch, after, around, before
 from vtc.skipping import skippable, skipped
 
 running: ContextVar[Call | Forward | None] = ContextVar("vtc_running", default=None)
@@ -92,15 +92,10 @@ class Hooks(InForce):
             (layer, functools.partial(_enter_layer, number), functools.partial(_leave_layer, number))
             for number, layer in enumerate(self.adapter.layers)
         ]
-        # compiled modules compute; what happens before and after them is no part of their graphs
-        own = [(part, *map(torch.compiler.disable, hooks)) for part, *hooks in pairs]
         return [
             handle
-            for part, enter, leave in own
-            for handle in (
-                part.register_forward_pre_hook(enter, with_kwargs=True),
-                part.register_forward_hook(leave, always_call=part is self.adapter.backbone),
-            )
+            for part, enter, leave in pairs
+            for handle in (before(part, enter), after(part, leave, always=part is self.adapter.backbone))
         ]
 
     # -- a call ---------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
-"""An attribute of one object, replaced until it is put back as it was."""
+"""What is put on other people's objects, and taken off again: attributes, and hooks on modules."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Patch:
@@ -25,3 +29,27 @@ def around(original: Callable[..., Any], function: Callable[..., Any], *first: A
     """`function(*first, original, ...)` in place of a method; unlike a closure it is copied along with its model."""
     replacement = functools.partial(function, *first, original)
     return functools.update_wrapper(replacement, original, ("__name__", "__doc__"), ())
+
+
+def before(part: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any]], Any]) -> RemovableHandle:
+    """Register a hook before a module's forward, with keyword arguments; it is no part of compiled graphs.
+
+    torch puts such a hook on, and takes it off, in two steps. A call of another thread that comes between them hands on
+    no keyword arguments: it began before the hook was whole, or after it was taken off, and is none of its business.
+    """
+    return part.register_forward_pre_hook(functools.partial(_before, hook), with_kwargs=True)
+
+
+def after(part: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any], always: bool = False) -> RemovableHandle:
+    """Register a hook after a module's forward, with `always` also where that raises; no part of compiled graphs."""
+    return part.register_forward_hook(functools.partial(_after, hook), always_call=always)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before(hook: Callable[..., Any], part: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+    return None if kwargs is None else hook(part, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after(hook: Callable[..., Any], part: nn.Module, args: tuple, output: Any) -> Any:
+    return hook(part, args, output)

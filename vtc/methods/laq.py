@@ -21,6 +21,7 @@ from vtc.choice import by_head
 from vtc.compact import gather, gather_heads
 from vtc.methods.window import Kernel, WindowRow, pooled
 from vtc.need import Need
+from vtc.patch import before
 from vtc.stage import Cache, Method, Shape, Stage
 from vtc.view import View
 
@@ -95,10 +96,10 @@ class LookAhead(Need):
             if (said := saying.get()) is not None:
                 said[layer].append(output)
 
-        handles = [*super().hooks(adapter), adapter.decoder.register_forward_pre_hook(positions, with_kwargs=True)]
+        handles = [*super().hooks(adapter), before(adapter.decoder, positions)]
         for number, layer in enumerate(adapter.layers):
             asks = adapter.decoder_attention(layer).query
-            handles.append(layer.register_forward_pre_hook(partial(tables, number), with_kwargs=True))
+            handles.append(before(layer, partial(tables, number)))
             handles.append(asks.register_forward_hook(partial(query, number)))
         return handles
 
