@@ -22,7 +22,7 @@ class FasterVLM(Method):
     """
 
     name: ClassVar[str] = "fastervlm"
-    paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818v1"
+    paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         need = salience(shape, shape.tower_layers - 1)
