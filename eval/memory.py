@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vtc.eval.rows import Group, Row
+    from vtc.stage import Method
     from vtc.trace import Trace
 
 
@@ -40,9 +42,10 @@ class Spent(NamedTuple):
                 zip(trace.average_tokens.tolist(), *(size.tolist() for size in sizes), strict=True)]  # fmt: skip
 
 
-def mark(rows: Sequence[Row]) -> None:
-    """Say of rows which methods save nothing before the first token."""
-    late = {method: after_prefill(method) for method in {row["method"] for row in rows}.difference(UNMARKED)}
+def mark(rows: Sequence[Row], named: Mapping[str, str | Method] = MappingProxyType({})) -> None:
+    """Say of rows which methods save nothing before the first token; `named` has those that are no names, by theirs."""
+    names = {row["method"] for row in rows}.difference(UNMARKED)
+    late = {name: after_prefill(named.get(name, name)) for name in names}
     for row in rows:
         if late.get(row["method"]):
             row["after_prefill"] = True
@@ -51,7 +54,7 @@ def mark(rows: Sequence[Row]) -> None:
 UNMARKED = (*report.ALWAYS, "smaller-image")
 
 
-def after_prefill(method: str) -> bool:
+def after_prefill(method: str | Method) -> bool:
     """Whether all that a method does, it does to the cache of a prefill that was as it would have been."""
     stages = find_method(method).stages(Shape(decoder_layers=1024, tower_layers=1024, key_heads=8))
     return all(isinstance(stage.site, Cache) for stage in stages)

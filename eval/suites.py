@@ -368,7 +368,7 @@ def _write(
     ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
-    memory.mark(rows)
+    memory.mark(rows, settings.named)
     for row, results, asked in zip(rows, found, samples, strict=True):
         row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
     where.mkdir(parents=True, exist_ok=True)

@@ -129,10 +129,10 @@ def test_every_option_is_read(command):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("eval --tasks pope --suffix .", "--suffix: for scenes and pages, not for --tasks"),
-        ("eval --tasks pope --max-new-tokens 8 --by-task", "--max-new-tokens, --by-task: for scenes and pages"),
-        ("eval --gen-kwargs max_new_tokens=8", "--gen-kwargs: for --tasks, not for scenes and pages"),
-        ("eval --include-path .", "--include-path: for --tasks, not for scenes and pages"),
+        ("eval --tasks pope --suffix .", "--suffix: for vtc's own benchmarks, not for --tasks"),
+        ("eval --tasks pope --max-new-tokens 8 --by-task", "--max-new-tokens, --by-task: for vtc's own benchmarks"),
+        ("eval --gen-kwargs max_new_tokens=8", "--gen-kwargs: for --tasks, not for vtc's own benchmarks"),
+        ("eval --include-path .", "--include-path: for --tasks, not for vtc's own benchmarks"),
         ("eval --tasks pope --include-path nowhere", "'nowhere' does not exist"),
         ("eval --dry-run --by-task", "--by-task: a dry run counts nothing"),
         ("eval --faithfulness", "No such option: --faithfulness"),
@@ -210,7 +210,7 @@ def test_ask_compares_and_saves_an_overlay(tiny, picture, tmp_path):  # noqa: F8
     [
         (["--budget", "lots"], 2, "is no budget"),
         (["--no-such-option"], 2, "No such option"),
-        (["--method", "fast"], 1, "unknown method 'fast'; vtc knows atp, fastv"),
+        (["--method", "fast"], 1, "unknown method 'fast'; vtc knows atp, bits"),
         (["--method", "fastv", "--budget", "1"], 1, "cannot reach 1 of 16 visual tokens"),
         (["--save-overlay", "overlay.abc"], 1, "overlay.abc: name an image file"),
         (["--model", "./nothing-here"], 1, "nothing-here is not a model folder"),

@@ -260,8 +260,14 @@ def test_every_method_runs_on_every_family(name):
     model, ran = FAMILIES[name].model, []
     adapter = vtc.adapter.find(model)
     refused = {"atp"} if adapter.merges_patches else {"atp", "tome"}
+    if len(adapter.tower_blocks()) < 3:
+        refused.add("msdg")
+        with pytest.raises(ValueError, match="compares what the tower's blocks 14 and 19 of 24 leave"):
+            vtc.wrap(model, "msdg", 0.7)
     if any(map(adapter.window, adapter.layers)):
-        stages = {name: kind().stages(adapter.shape()) for name, kind in vtc.list_methods().items() if name != "atp"}
+        stages = {
+            name: kind().stages(adapter.shape()) for name, kind in vtc.list_methods().items() if name not in refused
+        }
         refused |= {name for name, own in stages.items() if any(isinstance(stage.site, vtc.Cache) for stage in own)}
     for method in sorted(set(vtc.list_methods()) - refused):
         vtc.wrap(model, method, 0.7)

@@ -46,7 +46,8 @@ def test_files_of_a_sweep(swept):
         assert json.loads((out / task / "summary.json").read_text()) == found
         assert [(r["method"], r["budget"]) for r in found[:3]] == [("full", 1.0), ("blind", 0), ("vtc-cls", 0.25)]
         assert [r["tokens"] for r in found[:3]] == [144, 0, 36]
-        assert all(list(row) == list(get_type_hints(rows_of.Row)) for row in found)
+        ours = ("after_prefill", "held", "read", "peak")  # on benchmarks of vtc's own
+        assert all(list(row) == [n for n in get_type_hints(rows_of.Row) if n not in ours] for row in found)
         assert len(read_lines(out / task)) == 6 * LIMIT
         with Image.open(out / task / "curve.png") as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 20
