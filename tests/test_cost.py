@@ -192,9 +192,9 @@ def test_an_unknown_shape_is_named():
         shapes.load("llava-9", torch.float32, "cpu")
 
 
+@torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit)  # which `bench` raises
 def test_compiled_layers_keep_as_many_tokens(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     model, arms = llava(), [("vtc-cls", 0.4)]
     case = bench.Case(prompt_tokens=12, new_tokens=2, rounds=1)
     (plain,) = bench.bench(model, arms, case)

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 from eval_fixtures import read_lines, run_vtc, tiny  # noqa: F401 (a fixture)
-from filelock import FileLock
 from PIL import Image
 
 import vtc
@@ -75,8 +77,11 @@ def test_what_is_done_is_not_run_again(done, settings, monkeypatch):
 def test_a_piece_of_another_process_is_left_to_it(settings, tmp_path):
     piece = tmp_path / table._named(settings.models[0]) / "scenes" / "uniform"
     piece.mkdir(parents=True)
-    with FileLock(piece / LOCK):
+    holds = f"from filelock import FileLock\nwith FileLock({str(piece / LOCK)!r}): print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", holds], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         found, elsewhere = table.evaluate(settings, tmp_path)
+        other.communicate("\n")
     assert elsewhere == 1
     assert {method for method, _ in found[0].lines} == {"full", "blind", "swapped", "random", "fastv"}
     standing, _ = standings.stand(found, settings.methods, "random", 0, {})
