@@ -8,6 +8,7 @@ import functools
 import io
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -32,6 +33,12 @@ NAME = "tiny"
 NEW = 10
 QUESTIONS = ("what color is the a", "how many is there", "what is of the many color there a is")
 SIZES = Sizes(cache=1024, page=8, batch=48, requests=8, remembered=512)
+
+
+def in_a_loop(coroutine):
+    """What it returns, run in a thread of its own: playwright leaves a running loop in that of the tests."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 @functools.cache
@@ -89,7 +96,7 @@ def post(server: Server, *bodies: dict | bytes) -> list[httpx.Response]:
             each = ({"content": x, "headers": json_} if isinstance(x, bytes) else {"json": x} for x in bodies)
             return await asyncio.gather(*(client.post("/v1/chat/completions", **one) for one in each))
 
-    return asyncio.run(sent())
+    return in_a_loop(sent())
 
 
 def get(server: Server, path: str) -> httpx.Response:
@@ -98,7 +105,7 @@ def get(server: Server, path: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
             return await client.get(path)
 
-    return asyncio.run(got())
+    return in_a_loop(got())
 
 
 @contextmanager

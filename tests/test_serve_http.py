@@ -25,6 +25,7 @@ from serve_fixtures import (
     chat,
     data_url,
     get,
+    in_a_loop,
     picture,
     post,
     request,
@@ -190,7 +191,7 @@ def test_only_what_is_for_clients_is_served(served):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=served.app), base_url="http://x") as client:
             return (await client.post(path, json={"model": "x"})).status_code
 
-    assert {asyncio.run(gone(path)) for path in ("/reset", "/load_model", "/v1/responses")} == {404}
+    assert {in_a_loop(gone(path)) for path in ("/reset", "/load_model", "/v1/responses")} == {404}
 
 
 def test_metrics_count(served):
@@ -247,7 +248,7 @@ def test_one_more_is_told_when_to_come_again():
         assert gate.inside == 0
         return replies
 
-    replies = asyncio.run(run())
+    replies = in_a_loop(run())
     assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429, 429]
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
@@ -270,7 +271,7 @@ def test_a_client_that_goes_ends_its_request():
         await asyncio.wait_for(gate({"type": "http", "method": "POST"}, messages.get, None), 5)
         assert gate.inside == 0
 
-    asyncio.run(run())
+    in_a_loop(run())
     assert ended == [True]
 
 
@@ -284,7 +285,7 @@ def test_a_body_that_does_not_come_is_given_up():
         await gate({"type": "http", "method": "POST"}, asyncio.Queue().get, send)
         return sent
 
-    assert asyncio.run(run())[0]["status"] == 408
+    assert in_a_loop(run())[0]["status"] == 408
 
 
 def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch):
@@ -300,7 +301,7 @@ def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch):
         assert "no room on this device" in first.json()["error"]["message"]
         assert get(server, "/health").status_code == 503
         with pytest.raises(RuntimeError, match="the engine has died: no room on this device"):
-            asyncio.run(asyncio.wait_for(server.serve("127.0.0.1", free_port()), 20))
+            in_a_loop(asyncio.wait_for(server.serve("127.0.0.1", free_port()), 20))
 
 
 # -- a process against a process ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import threading
 
 import models
 import pytest
-from serve_fixtures import picture, serving, soon
+from serve_fixtures import in_a_loop, picture, serving, soon
 from test_serve_http import free_port
 
 from vtc.eval import arms as arms_
@@ -48,7 +48,7 @@ def url():
 def test_a_closed_loop_counts_what_is_answered(url):
     case = Case("tiny", new_tokens=5)
     bodies = [clients.body(PACKED, case, number) for number in range(6)]
-    samples, seconds = asyncio.run(clients.closed(url, bodies, 2))
+    samples, seconds = in_a_loop(clients.closed(url, bodies, 2))
     assert [sample.tokens for sample in samples] == [5] * 6
     assert all(0 < sample.first <= sample.whole <= seconds for sample in samples)
     found = clients.summary(samples, seconds)
@@ -60,7 +60,7 @@ def test_a_closed_loop_counts_what_is_answered(url):
 def test_an_open_loop_does_not_wait_and_counts_who_is_refused(url):
     case = Case("tiny", new_tokens=20)
     bodies = [clients.body(PACKED, case, number) for number in range(12)]
-    samples, seconds = asyncio.run(clients.opened(url, bodies, 1000.0, 0))
+    samples, seconds = in_a_loop(clients.opened(url, bodies, 1000.0, 0))
     refused = [sample for sample in samples if sample.status == 429]
     assert 1 <= len(refused) <= 9
     assert clients.summary(samples, seconds)["refused"] == len(refused)
