@@ -76,7 +76,7 @@ def visitor(browser: Browser, address: str, **options) -> Iterator[Page]:
     page.on("request", lambda request: None if _own(request.url, address) else wrong.append(request.url))
     page.goto(address)
     page.locator("#ask").wait_for()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)  # beside other tests on two cores
     yield page
     context.close()
     assert not wrong
