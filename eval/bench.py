@@ -386,19 +386,26 @@ def picture(rows: list[Row], path: Path, title: str) -> None:
     axes = figure.add_subplot()
     names = ["full model", *(f"{row['method']}, {row['tokens']['average']:.0f} tokens" for row in rows)]
     bars = [rows[0]["full"] | dict.fromkeys(OWN, 0.0), *(row["pruned"] | row["own"] for row in rows)]
-    left = [0.0] * len(bars)
-    for label, colour, value in (
-        ("vision tower", "#999999", lambda bar: bar["vision"]),
-        ("rest of the prefill", "#0072B2", lambda bar: bar["prefill"]),
-    ):
-        widths = [1e3 * value(bar) for bar in bars]
-        axes.barh(names, widths, left=left, color=colour, label=label)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    seen, rest = ([1e3 * bar[part] for bar in bars] for part in ("vision", "prefill"))
+    stack(axes, names, {"vision tower": ("#999999", seen), "rest of the prefill": ("#0072B2", rest)})
     limits = [1e3 * row["limit"]["first"] for row in rows]
     axes.plot(limits, names[1:], "|", color="black", markersize=22, markeredgewidth=2, label="possible")
+    dress(axes, title, "milliseconds to the first token (median)")
+    figure.savefig(path)
+
+
+def stack(axes: Any, names: Sequence[str], parts: Mapping[str, tuple[str, Sequence[float]]]) -> None:
+    """A bar for each name, laid together of parts: by label a colour and their lengths."""
+    left = [0.0] * len(names)
+    for label, (colour, widths) in parts.items():
+        axes.barh(names, widths, left=left, color=colour, label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+
+
+def dress(axes: Any, title: str, unit: str) -> None:
+    """The first bar on top, and what is said around them."""
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds to the first token (median)")
+    axes.set_xlabel(unit)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
-    figure.savefig(path)

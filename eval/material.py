@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from random import Random
 from typing import Literal
 
 from PIL import Image, ImageDraw
@@ -31,6 +32,33 @@ def photographs() -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def crop(split: Split, random: Random, size: int, largest: int) -> Image.Image:
+    """A square of a photograph, of up to `largest` pixels a side, at size x size; from the split's columns."""
+    photo = random.choice(photographs())
+    low, high = COLUMNS[split]
+    side = random.randint(60, largest)
+    left, top = random.randint(low, high - side), random.randint(0, photo.height - side)
+    return photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+class Placed:
+    """Something that stands in a box of a picture: (left, top, right, bottom) in pixels."""
+
+    box: tuple[float, float, float, float]
+
+    @property
+    def center(self) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+    def patches(self, patch: float, grid: int) -> list[int]:
+        """Raster indices of the patches (of `patch` pixels, `grid` a side) that its box touches."""
+        left, top, right, bottom = self.box
+        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
+        columns = range(int(left // patch), int((right - 1) // patch) + 1)
+        return [row * grid + column for row in rows for column in columns]
 
 
 @cache

@@ -24,6 +24,7 @@ from vtc.eval.folder import Store
 from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.methods import check_names
 from vtc.methods.compose import with_budget
 
 if TYPE_CHECKING:
@@ -281,10 +282,7 @@ def _check_smaller(reader: Reader, inputs: dict[str, Tensor]) -> None:
 
 
 def _check(settings: Settings) -> None:
-    known = (*vtc.list_methods(), SMALLER)
-    for method in settings.methods:
-        if method not in (*known, *report.ALWAYS) and method.replace("-", "").isalnum():  # no file, no module:Class
-            raise ValueError(f"unknown method {method!r}; vtc knows {', '.join(known)}")
+    check_names(*(method for method in settings.methods if method not in report.ALWAYS), also=(SMALLER,))
     check_methods([method for method in settings.methods if method != SMALLER])
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:

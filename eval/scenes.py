@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vtc.eval.material import COLUMNS, Split, digits, photographs, shape_mask
+from vtc.eval.material import Placed, Split, crop, digits, shape_mask
 from vtc.eval.report import is_correct
 
 COLORS = {
@@ -71,7 +71,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Thing:
+class Thing(Placed):
     """Something one can ask about.
 
     `name` is the shape, the digit or the word; `box` is (left, top, right, bottom) in pixels.
@@ -91,18 +91,6 @@ class Thing:
     def words(self) -> tuple[str, ...]:
         """Its description, as in a caption: "red circle", "blue digit 7", "white word cat", "cyan dot"."""
         return (self.color, self.noun, self.name) if self.kind in ("digit", "word") else (self.color, self.noun)
-
-    @property
-    def center(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
-
-    def patches(self, patch: float, grid: int) -> list[int]:
-        """Raster indices of the patches (of `patch` pixels, `grid` a side) that its box touches."""
-        left, top, right, bottom = self.box
-        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
-        columns = range(int(left // patch), int((right - 1) // patch) + 1)
-        return [row * grid + column for row in rows for column in columns]
 
 
 @dataclass(frozen=True)
@@ -307,13 +295,9 @@ def _put(kind: str, cell: tuple[int, int], image: Image.Image, split: Split, ran
 
 def _background(split: Split, random: Random, size: int) -> Image.Image:
     """A dimmed square crop of a photograph, from the columns that belong to the split."""
-    photo = random.choice(photographs())
-    low, high = COLUMNS[split]
-    side = random.randint(60, 96)
-    left, top = random.randint(low, high - side), random.randint(0, photo.height - side)
-    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    photo = crop(split, random, size, largest=96)
     contrast, black = random.uniform(0.15, 0.4), random.randint(0, 25)
-    return crop.point(lambda level: round(level * contrast) + black)
+    return photo.point(lambda level: round(level * contrast) + black)
 
 
 def _clutter(image: Image.Image, random: Random) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import vtc
 from vtc.eval import shapes
-from vtc.eval.bench import OWN, Case, Ends, Parts, Step, take_turns
+from vtc.eval.bench import OWN, Case, Ends, Parts, Step, dress, stack, take_turns
 
 BOUND = 0.03
 """The share of the unpruned prefill that a choice should stay below."""
@@ -120,15 +120,9 @@ def picture(rows: Sequence[Row], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(8, 1.4 + 0.24 * len(rows)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    names, left = [f"{row['method']}, {row['tokens']:.0f} tokens" for row in rows], [0.0] * len(rows)
-    for part, colour in COLOURS.items():
-        widths = [100 * row["own"][part] / row["prefill"] for row in rows]
-        axes.barh(names, widths, left=left, color=colour, label=part)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    names = [f"{row['method']}, {row['tokens']:.0f} tokens" for row in rows]
+    widths = {part: [100 * row["own"][part] / row["prefill"] for row in rows] for part in COLOURS}
+    stack(axes, names, {part: (colour, widths[part]) for part, colour in COLOURS.items()})
     axes.axvline(100 * BOUND, color="0.3", linestyle="--", linewidth=1.2)
-    axes.invert_yaxis()
-    axes.set_xlabel("percent of the unpruned prefill (medians)")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    dress(axes, title, "percent of the unpruned prefill (medians)")
     figure.savefig(path)

@@ -8,7 +8,7 @@ import pytest
 import test_cache_site as site
 import torch
 from models import FAMILIES, batch, continued, llava, prompt, rows, visual
-from test_cache_site import GREEDY, PLAIN, WINDOWED, expected_logits, hidden
+from test_cache_site import GREEDY, PLAIN, expected_logits, hidden
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
@@ -434,18 +434,3 @@ def test_beams(model, name):
     logits = expected_logits(model, lambda layer: trace.held(layer)[:1], inputs, new)
     chosen = logits.log_softmax(-1).gather(2, new[..., None])
     torch.testing.assert_close(out.sequences_scores, chosen.sum((1, 2)), atol=1e-3, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", WINDOWED)
-def test_windows_are_refused_before_work(family):
-    with pytest.raises(ValueError, match="has a sliding window and forgets by itself"):
-        vtc.wrap(FAMILIES[family].model, "snapkv", 0.5)
-
-
-def test_caches_that_cannot_give_back_say_so(model):
-    inputs = prompt(model)
-    vtc.wrap(model, "snapkv", 0.5)
-    with pytest.raises(ValueError, match="not this StaticLayer"):
-        model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
-    with pytest.raises(ValueError, match="this call has none: use_cache=True"):
-        model(**inputs, use_cache=False)

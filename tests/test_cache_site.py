@@ -23,12 +23,6 @@ def model(request):
     vtc.unwrap(FAMILIES[request.param].model)
 
 
-@pytest.fixture
-def llava():
-    yield FAMILIES["llava"].model
-    vtc.unwrap(FAMILIES["llava"].model)
-
-
 @contextmanager
 def hidden(model, spans, inputs: dict, full: dict):
     """The unwrapped model over prompt and answer; from column `start` on each head of a layer sees of the visual tokens
@@ -191,14 +185,16 @@ def test_assisted_generation(llava):
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_windows_are_refused_before_work(name):
+@pytest.mark.parametrize("method", ["random-kv", "snapkv"])
+def test_windows_are_refused_before_work(name, method):
     with pytest.raises(ValueError, match="has a sliding window and forgets by itself"):
-        vtc.wrap(FAMILIES[name].model, "random-kv", 0.5)
+        vtc.wrap(FAMILIES[name].model, method, 0.5)
 
 
-def test_caches_that_cannot_give_back_say_so(llava):
+@pytest.mark.parametrize("method", ["random-kv", "snapkv"])
+def test_caches_that_cannot_give_back_say_so(llava, method):
     inputs = prompt(llava)
-    vtc.wrap(llava, "random-kv", 0.5)
+    vtc.wrap(llava, method, 0.5)
     with pytest.raises(ValueError, match="not this StaticLayer"):
         llava.generate(**inputs, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(ValueError, match="this call has none: use_cache=True"):

@@ -285,7 +285,6 @@ MODES = [
     *(forward, forward, generate, generate, static, guesses, beams, second_turn, second_image, rows_of_a_cache),
     *(cropped, quantised),
 ]
-MERGING = ("tome", "vflowopt", "tally")
 
 
 def _placed(model, inputs: dict) -> dict:
@@ -341,7 +340,7 @@ def check(case: Case) -> str:
         for item in (item for part in parts for item in part.items):
             tensors = item.tensors.items()
             item.tensors = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in tensors}
-    exact = case.method.name not in MERGING and not case.half and getattr(case.method, "positions", "") != "contiguous"
+    exact = not case.method.merges and not case.half and getattr(case.method, "positions", "") != "contiguous"
     try:
         try:
             vtc.wrap(model, case.method, case.budget)

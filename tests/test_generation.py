@@ -25,12 +25,6 @@ def model(request):
     vtc.unwrap(FAMILIES[request.param].model)
 
 
-@pytest.fixture
-def llava():
-    yield FAMILIES["llava"].model
-    vtc.unwrap(FAMILIES["llava"].model)
-
-
 def windowed(model) -> bool:
     return any(window is not None for window in oracle.windows(model))
 

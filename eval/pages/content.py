@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from random import Random
 
-from vtc.eval.material import TENTHS, Split
+from vtc.eval.material import TENTHS, Placed, Split
 from vtc.eval.scenes import CLEAR, COLORS, DIGITS, SHAPES
 
 WORDS = (
@@ -34,7 +34,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Fact:
+class Fact(Placed):
     """Something that a page says at one place.
 
     `name` is the word, the digit, the colour of a bar, the shape; `of` says in words which fact it is: the row and the
@@ -55,23 +55,11 @@ class Fact:
         return (*self.of, *length, self.kind, self.name)
 
     @property
-    def center(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
-
-    @property
     def bits(self) -> float:
         """What it takes to say which of the possible values it has."""
         values = {"word": len(WORDS), "digit": len(DIGITS), "bar": 9 * len(COLORS), "shape": len(SHAPES)}
         values["place"] = len(MARKERS) * len(COLORS)
         return math.log2(values[self.kind])
-
-    def patches(self, patch: float, grid: int) -> list[int]:
-        """Raster indices of the patches (of `patch` pixels, `grid` a side) that its ink touches, once it is drawn."""
-        left, top, right, bottom = self.box
-        rows = range(int(top // patch), int((bottom - 1) // patch) + 1)
-        columns = range(int(left // patch), int((right - 1) // patch) + 1)
-        return [row * grid + column for row in rows for column in columns]
 
 
 @dataclass(frozen=True)

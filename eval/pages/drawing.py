@@ -9,7 +9,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vtc.eval.material import COLUMNS, Split, digits, photographs, shape_mask
+from vtc.eval.material import Split, crop, digits, shape_mask
 from vtc.eval.pages.content import SIDE, Fact, Page
 from vtc.eval.scenes import COLORS
 
@@ -46,24 +46,19 @@ def draw(page: Page, split: Split, random: Random, size: int = SIDE) -> tuple[Im
 # ---------------------------------------------------------------- ground
 
 
-def _crop(split: Split, random: Random, size: int) -> Image.Image:
-    """A square of a photograph, from the columns that belong to the split."""
-    photo = random.choice(photographs())
-    low, high = COLUMNS[split]
-    side = random.randint(60, 100)
-    left, top = random.randint(low, high - side), random.randint(0, photo.height - side)
-    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return ImageOps.autocontrast(crop, preserve_tone=True)  # a dark corner of a photograph has a grain, too
+def _photo(split: Split, random: Random, size: int) -> Image.Image:
+    photo = crop(split, random, size, largest=100)
+    return ImageOps.autocontrast(photo, preserve_tone=True)  # a dark corner of a photograph has a grain, too
 
 
 def _paper(split: Split, random: Random, size: int, dark: bool) -> Image.Image:
     contrast, black = random.uniform(0.1, 0.3), random.randint(0, 20) if dark else random.randint(150, 178)
-    return _crop(split, random, size).point(lambda level: round(level * contrast) + black)
+    return _photo(split, random, size).point(lambda level: round(level * contrast) + black)
 
 
 def _open_ground(split: Split, random: Random, size: int) -> Image.Image:
     contrast, black = random.uniform(0.6, 0.8), random.randint(10, 50)
-    return _crop(split, random, size).point(lambda level: round(level * contrast) + black)
+    return _photo(split, random, size).point(lambda level: round(level * contrast) + black)
 
 
 def _rules(page: Page, image: Image.Image, random: Random, dark: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import vtc
-from vtc.cli import about, accuracy, choosing, fitting, pictures, serving, speed, training, tuning
+from vtc.cli import about, accuracy, choosing, pictures, serving, speed, training, tuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": accuracy.compare,
     "faithfulness": accuracy.faithfulness,
     "tune": tuning.tune,
-    "fit": fitting.fit,
+    "fit": tuning.fit,
     "choose": choosing.choose,
     "table": choosing.table,
     "layers": tuning.layers,

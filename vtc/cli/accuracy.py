@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, refuse, split
+from vtc.cli.arguments import BatchSize, Budgets, Device, Model, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
+from vtc.methods import check_names
 
 if TYPE_CHECKING:
     from vtc.eval.rows import Row
@@ -34,10 +35,7 @@ def evaluate(
         str,
         typer.Option(help="Comma-separated; `vtc methods` lists them, and smaller-image is one more baseline."),
     ] = "vtc-cls,fastv,random,uniform",
-    budgets: Annotated[
-        str,
-        typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64)."),
-    ] = "0.5,0.25,0.11",
+    budgets: Budgets = "0.5,0.25,0.11",
     benchmark: Annotated[
         str,
         typer.Option(
@@ -65,7 +63,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    batch_size: BatchSize = 32,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; unless given 8, for captions 48.")
     ] = None,
@@ -120,7 +118,7 @@ def evaluate(
         refuse(context, "by_task", why="a dry run counts nothing")
     if several and ":" in device:
         refuse(context, "device", why="each of several processes takes a device of its own")
-    check_methods(*chosen, also=("smaller-image", "full", "blind"))
+    check_names(*chosen, also=("smaller-image", "full", "blind"))
     need("matplotlib", "sklearn", extra="eval")
     note_one(spend)
     if several and not tasks:
@@ -220,7 +218,7 @@ def faithfulness(
       vtc faithfulness --limit 100 --methods vtc-cls,fastv,random --out out/faithful
     """
     chosen = tuple(dict.fromkeys(split(methods)))
-    check_methods(*chosen)
+    check_names(*chosen)
     need("sklearn", "scipy", extra="eval")
     quiet()
     from vtc.eval import benchmarks, folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -16,6 +14,10 @@ Model = Annotated[
     typer.Option(help="'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Budgets = Annotated[
+    str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions a forward.")]
 
 
 def parse_budget(text: str) -> int | float:
@@ -53,16 +55,6 @@ def refuse(context: typer.Context, *names: str, why: str) -> None:
     if typed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
         raise typer.BadParameter(f"{options}: {why}")
-
-
-def check_methods(*names: str, also: Sequence[str] = ()) -> None:
-    """Refuse a plain name that no method has, within a chain, too; other forms are for those who read them."""
-    from vtc.methods import described
-
-    known = (*described(), *also)
-    for name in (part.partition("@")[0] for text in names if "/" not in text for part in text.split("+")):
-        if re.fullmatch(r"[\w-]+", name) and name not in known:
-            raise ValueError(f"unknown method {name!r}; vtc knows {', '.join(known)}")
 
 
 def need(*modules: str, extra: str) -> None:

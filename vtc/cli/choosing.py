@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, split
+from vtc.cli.arguments import BatchSize, Budgets, Device, Model, need, parse_budgets, split
 from vtc.cli.terminal import note, note_one, quiet, say
+from vtc.methods import check_names
 
 
 def choose(
@@ -26,11 +27,9 @@ def choose(
     methods: Annotated[
         str, typer.Option(help="Comma-separated; `vtc methods` lists them.")
     ] = "tally,tome,vflowopt,vtc-cls,fastv,uniform",
-    budgets: Annotated[
-        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
-    ] = "0.75,0.5,0.35,0.25,0.16,0.11",
+    budgets: Budgets = "0.75,0.5,0.35,0.25,0.16,0.11",
     seed: Annotated[int, typer.Option(help="Of the split into images to search on and held-out ones.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 8,
+    batch_size: BatchSize = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for choice.json and the answers; the same command resumes.")] = Path(
@@ -51,7 +50,7 @@ def choose(
       vtc eval --model llava-hf/llava-1.5-7b-hf --methods out/photos/choice.json,random --out out/check
     """
     chosen, spend = split(methods), parse_budgets(budgets)
-    check_methods(*chosen)
+    check_names(*chosen)
     need("scipy", extra="tune")
     note_one(spend)
     from vtc.eval.reader import model_path
@@ -84,16 +83,14 @@ def table(
     methods: Annotated[
         str, typer.Option(help="Comma-separated; unless given all that drop before the first word of an answer.")
     ] = "",
-    budgets: Annotated[
-        str, typer.Option(help="Comma-separated: fractions (0.25), percentages (25%) or tokens per image (64).")
-    ] = "0.5,0.25,0.11,0.05",
+    budgets: Budgets = "0.5,0.25,0.11,0.05",
     limit: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
     against: Annotated[str, typer.Option(help="The method that paired intervals compare all others with.")] = "random",
     bench: Annotated[
         str, typer.Option(help="Comma-separated JSON files of `vtc bench` or `vtc selection`: what choosing costs.")
     ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    batch_size: BatchSize = 32,
     device: Device = "auto",
     out: Annotated[
         Path, typer.Option(help="Folder of the table and its pieces; the same command goes on with it.")
@@ -111,7 +108,7 @@ def table(
       for core in 1 2; do OMP_NUM_THREADS=1 vtc table --out out/table & done; wait; vtc table --out out/table
     """
     chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
-    check_methods(*(chosen or ()), against)
+    check_names(*(chosen or ()), against)
     need("matplotlib", "sklearn", "scipy", extra="eval")
     note_one(spend)
     quiet()

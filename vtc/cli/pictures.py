@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget
+from vtc.cli.arguments import Device, Model, need, parse_budget
 from vtc.cli.terminal import note, note_above, note_one, quiet, status
+from vtc.methods import check_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +56,7 @@ def ask(
     spend = parse_budget(budget) if budget else None
     if not question.strip():
         raise typer.BadParameter("the question is empty")
-    check_methods(method)
+    check_names(method)
     from vtc.eval import ask as asking
     from vtc.eval.images import check_picture_path
     from vtc.eval.reader import load, model_path, pick_device
@@ -162,7 +163,7 @@ def demo(
       vtc demo --model llava-hf/llava-1.5-7b-hf --port 8000
     """
     need("gradio", "sklearn", extra="demo")
-    check_methods(method)
+    check_names(method)
     from vtc.eval.reader import load, model_path, pick_device
 
     path = model_path(model)

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budgets, split
+from vtc.cli.arguments import Device, Model, need, parse_budgets, split
 from vtc.cli.terminal import note, note_one, quiet, status, steps
+from vtc.methods import check_names
 
 PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")
 Megabytes = Annotated[float, typer.Option(min=0.01, help="Largest request, with its images in base64.")]
@@ -58,7 +59,7 @@ def serve(
     budgets = parse_budgets(adapt or budget or "") if adapt or budget else None
     need(*PACKAGES, extra="serve")
     if method != "none":
-        check_methods(method)
+        check_names(method)
     note_one(budgets or ())
     from vtc.eval.reader import load, model_path, pick_device
 
@@ -117,7 +118,7 @@ def load(
     """
     spend = parse_budgets(budgets)
     need(*PACKAGES, extra="serve")
-    check_methods(method)
+    check_names(method)
     if out:
         need("matplotlib", extra="eval")
     from vtc.eval import clients as asking

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, check_methods, need, parse_budget, parse_budgets, split
+from vtc.cli.arguments import Device, need, parse_budget, parse_budgets, split
 from vtc.cli.terminal import note, note_above, note_one, quiet, status, steps
+from vtc.methods import check_names
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from vtc.eval.bench import Case
 
 
 def _dtype(name: str) -> str:
@@ -79,7 +82,7 @@ def bench(
       vtc bench --model llava-1.5-7b --dtype bfloat16 --device cuda --batch 8 --budgets 192,128,64 --out out/bench
     """
     chosen, spend = split(methods), parse_budgets(budgets)
-    check_methods(*chosen, also=("all",))
+    check_names(*chosen, also=("all",))
     if out:
         need("matplotlib", extra="eval")
     note_one(spend)
@@ -89,7 +92,7 @@ def bench(
     from vtc.eval import selection as chooses
 
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels, compiled)
-    title = f"{model}, batch {batch}, {dtype}, {attention}{', compiled' * compiled}, {name}"
+    title, described = _told(model, dtype, attention, name, case)
     with steps() as step:
         rows = benchmark.bench(loaded, chooses.arms(loaded, chosen, spend, note), case, step)
     note_above(spend, rows[0]["tokens"]["full"])
@@ -97,7 +100,6 @@ def bench(
         tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
         Console().print(benchmark.table(row, f"{row['method']}: {tokens}\n{title}"))
     if out:
-        described = {"model": model, "dtype": dtype, "attention": attention, "device": name, "case": asdict(case)}
         _write(out / "bench.json", {**described, "rows": rows})
         benchmark.picture(rows, out / "bench.png", title)
 
@@ -123,7 +125,7 @@ def selection(
       vtc selection --rounds 3 --out out/selection
     """
     chosen, spend = split(methods), parse_budgets(budgets)
-    check_methods(*chosen, also=("all",))
+    check_names(*chosen, also=("all",))
     if out:
         need("matplotlib", extra="eval")
     note_one(spend)
@@ -133,13 +135,12 @@ def selection(
     from vtc.eval import selection as chooses
 
     case = benchmark.Case(batch, prompt_tokens, rounds=rounds)
-    title = f"{model}, batch {batch}, {dtype}, {attention}, {name}"
+    title, described = _told(model, dtype, attention, name, case)
     arms = chooses.arms(loaded, chosen, spend, note)
     with steps() as step:
         rows = chooses.measure(loaded, arms, case, step)
     Console().print(chooses.table(rows, title))
     if out:
-        described = {"model": model, "dtype": dtype, "attention": attention, "device": name, "case": asdict(case)}
         _write(out / "selection.json", {**described, "rows": rows})
         chooses.picture(rows, out / "selection.png", title)
 
@@ -173,11 +174,11 @@ def peers(
     from vtc.eval import peers as compared
 
     case = benchmark.Case(batch, prompt_tokens, rounds=rounds)
+    title, described = _told(model, dtype, attention, name, case)
     with steps() as step:
         rows = compared.compare(loaded, spend, case, step)
-    Console().print(compared.table(rows, f"{model}, batch {batch}, {dtype}, {attention}, {name}"))
+    Console().print(compared.table(rows, title))
     if out:
-        described = {"model": model, "dtype": dtype, "attention": attention, "device": name, "case": asdict(case)}
         _write(out / "peers.json", {**described, "rows": rows})
 
 
@@ -229,6 +230,12 @@ def _load(model: str, dtype: str, device: str, attention: str | None = None) -> 
         loaded = shapes.load(model, getattr(torch, dtype), where, attention)
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     return loaded, name
+
+
+def _told(model: str, dtype: str, attention: str, device: str, case: Case) -> tuple[str, dict[str, Any]]:
+    """What is measured, as a title and as its file says it."""
+    title = f"{model}, batch {case.batch}, {dtype}, {attention}{', compiled' * case.compiled}, {device}"
+    return title, {"model": model, "dtype": dtype, "attention": attention, "device": device, "case": asdict(case)}
 
 
 def _note_rounds(rounds: int) -> None:

@@ -1,4 +1,4 @@
-"""`vtc tune` and `layers`: what suits a model, found without labels."""
+"""`vtc tune`, `fit` and `layers`: what suits a model, found without labels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, check_methods, need, parse_budget, refuse
+from vtc.cli.arguments import BatchSize, Device, Model, need, parse_budget, refuse
 from vtc.cli.terminal import note_one, quiet, say
+from vtc.methods import check_names
+
+Images = Annotated[
+    str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
+]
+Question = Annotated[str, typer.Option(help="What is asked about the images of a folder.")]
+Samples = Annotated[int, typer.Option(min=1, help="Images.")]
+
+
+def _check_images(context: typer.Context, images: str) -> None:
+    """Scenes need what draws them, and ask for themselves."""
+    if images == "scenes":
+        refuse(context, "question", why="scenes bring their own; name a folder with --images")
+        need("sklearn", extra="eval")
 
 
 def tune(
@@ -18,11 +32,9 @@ def tune(
     method: Annotated[str, typer.Option(help="One that declares what can be tuned.")] = "vflowopt",
     budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
     model: Model = "reference",
-    images: Annotated[
-        str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
-    ] = "scenes",
-    question: Annotated[str, typer.Option(help="What is asked about the images of a folder.")] = "describe the image.",
-    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 30,
+    images: Images = "scenes",
+    question: Question = "describe the image.",
+    samples: Samples = 30,
     trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
     out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
@@ -36,11 +48,9 @@ def tune(
       vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
     """
     spend = parse_budget(budget)
-    check_methods(method)
+    check_names(method)
     need("optuna", "scipy", extra="tune")
-    if images == "scenes":
-        refuse(context, "question", why="scenes bring their own; name a folder with --images")
-        need("sklearn", extra="eval")
+    _check_images(context, images)
     note_one([spend])
     quiet()
     from vtc.eval import tune as tuning
@@ -51,12 +61,44 @@ def tune(
     typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
 
 
+def fit(
+    context: typer.Context,
+    method: Annotated[str, typer.Option(help="One that prunes at several layers of the decoder.")] = "fitprune",
+    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "0.25",
+    model: Model = "reference",
+    images: Images = "scenes",
+    question: Question = "describe the image.",
+    samples: Samples = 65,
+    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/fitted.json"),
+) -> None:
+    """Fit how many tokens leave before which decoder layer to a model and a budget, without labels.
+
+    Each layer drops what its scores can do without, up to a tolerance that meets the budget (FitPrune).
+
+    Example:
+
+      vtc fit --method pyramiddrop --budget 0.25 --out out/fitted.json
+    """
+    spend = parse_budget(budget)
+    check_names(method)
+    _check_images(context, images)
+    note_one([spend])
+    quiet()
+    from vtc.eval import fit as fitting
+    from vtc.eval.tune import Search
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    search = Search(model, method, spend, images, (question,), samples, seed=seed)
+    typer.echo(f"{fitting.fit(search, out)}\nwritten to {out}")
+
+
 def layers(
     model: Model = "reference",
     left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
     limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
     seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a forward.")] = 32,
+    batch_size: BatchSize = 32,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
 ) -> None:

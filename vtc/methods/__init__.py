@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,6 +50,17 @@ def described() -> dict[str, tuple[str, str]]:
                 found[texts["name"]] = lines[0], texts["paper"]
     found |= {entry.name: (f"of another package: {entry.value}", "") for entry in entry_points(group="vtc.methods")}
     return dict(sorted(found.items()))
+
+
+def check_names(*names: str, also: Sequence[str] = ()) -> None:
+    """Refuse a plain name that no method has, within a chain, too; other forms are for those who read them.
+
+    Raises ValueError with the names of all methods, and those that are `also` known.
+    """
+    known = (*described(), *also)
+    for name in (part.partition("@")[0] for text in names if "/" not in text for part in text.split("+")):
+        if re.fullmatch(r"[\w-]+", name) and name not in known:
+            raise ValueError(f"unknown method {name!r}; vtc knows {', '.join(known)}")
 
 
 def _texts(node: ast.ClassDef) -> dict[str, str]:
