@@ -79,6 +79,7 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
     report = {"recipe": asdict(recipe), "spread": spread(reader, trained, recipe)}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
+    accelerator.end_training()
     return trained
 
 

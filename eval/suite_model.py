@@ -6,6 +6,7 @@ a stop string begins that the task names.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import inspect
 import json
@@ -133,6 +134,8 @@ class Vtc(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
         _check_processes(several)
+        if several:  # a process that ends with its group open is at times aborted in torch's own destructors
+            atexit.register(self.accelerator.state.destroy_process_group)
         kernel: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         self.reader = load(
             model_path(pretrained),
