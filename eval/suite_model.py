@@ -202,9 +202,9 @@ class Vtc(lmms):
         return [[reply.text] if requests[0].request_type == "generate_until_multi_round" else reply.text]
 
     def clean(self) -> None:
-        """Called in every process once all requests are answered, also where a process had none to answer."""
+        """Called in every process once all requests are answered, also where a process had none to answer. Frees
+        nothing: the model stays for the next arm."""
         self._report()
-        super().clean()
 
     def _all(self, requests: list[Instance], answers: Any) -> list[GenerationResult]:
         found: dict[int, GenerationResult] = {}
