@@ -22,6 +22,8 @@ RESAMPLES = 2000
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 MARKERS = "osD^vPX<"
 ALWAYS = ("full", "blind")
+BASELINE = "random"
+"""The method that a picture of many names beside the best."""
 
 
 def normalise(answer: str) -> str:
@@ -244,7 +246,13 @@ def picture(
     axes = figure.add_subplot()
     always = {row["method"]: row for row in rows if row["method"] in ALWAYS}
     order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
-    for method, points in _curves(rows).items():
+    curves = _curves(rows)
+    coloured = _coloured(curves)
+    order = [method for method in order if method in coloured]
+    for method, points in curves.items():
+        if method not in coloured:
+            _draw_grey(axes, points)
+            continue
         i = order.index(method)  # a method's colour does not depend on how it did
         _draw_curve(
             axes,
@@ -254,6 +262,8 @@ def picture(
             COLOURS[i % len(COLOURS)],
             MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
         )
+    if others := len(curves) - len(coloured):
+        axes.plot([], [], color="0.8", linewidth=0.9, label=f"{others} other methods")
     for name, row in always.items():
         above = name == "full"
         value, low, high = shown(row)
@@ -289,6 +299,20 @@ def _curves(rows: list[Row]) -> dict[str, list[Row]]:
         if row["method"] not in ALWAYS and row["tokens"] > 0:
             curves.setdefault(row["method"], []).append(row)
     return dict(sorted(curves.items(), key=lambda curve: -shown(curve[1][0]).value))
+
+
+def _coloured(curves: dict[str, list[Row]]) -> set[str]:
+    """All methods; of more than there are colours the first ones, and the baseline."""
+    if len(curves) <= len(COLOURS):
+        return set(curves)
+    first = [method for method in curves if method != BASELINE][: len(COLOURS) - 1]
+    return {*first, BASELINE} & set(curves)
+
+
+def _draw_grey(axes: Any, points: list[Row]) -> None:
+    axes.plot(
+        [row["tokens"] for row in points], [shown(row).value for row in points], color="0.8", linewidth=0.9, zorder=1
+    )
 
 
 def _draw_curve(axes: Any, method: str, points: list[Row], full: Row, colour: str, marker: str) -> None:

@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import vtc
-from vtc.eval import benchmarks, folder, run
+from vtc.eval import benchmarks, folder, memory, mis, report, run
 from vtc.eval.folder import OtherRunError, Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
-from vtc.eval.rows import Line
+from vtc.eval.rows import Group, Line
 from vtc.eval.run import Shared
 from vtc.methods.compose import with_budget
 from vtc.methods.overview import overview
@@ -138,6 +138,21 @@ def _read(where: Path, model: str, benchmark: str, methods: Sequence[str], refus
                 lines.setdefault((line["method"], line["budget"]), {})[line["question_id"]] = line
     asked = lines["full", 1.0]
     return Answers(model, benchmark, {arm: [found[name] for name in asked] for arm, found in lines.items()}, refused)
+
+
+def write_curve(found: Answers, out: Path, seed: int) -> None:
+    """summary.json and curve.png over all methods, as of one `vtc eval`, into OUT/model/benchmark."""
+    where = out / _named(found.model) / found.benchmark
+    groups: list[Group] = [
+        (*arm, not any(line["at_floor"] for line in lines), lines)
+        for arm, lines in found.lines.items()
+        if arm[0] != mis.SWAPPED
+    ]
+    rows = report.summarise(groups, seed)
+    memory.mark(rows)
+    title = f"{found.model}: accuracy over {rows[0]['n']} questions of {found.benchmark}"
+    report.picture(rows, where / "curve.png", title)
+    folder.write_json(where / "summary.json", rows)
 
 
 def _named(name: str) -> str:

@@ -264,6 +264,19 @@ def test_the_picture_marks_what_is_below_the_floor(finished, tmp_path):
     assert (tmp_path / "marked.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
+def test_a_picture_of_many_colours_the_best_and_the_baseline(finished, tmp_path):
+    full = finished[1]["full", "1.0"]
+    methods = ["random", *(f"method-{n}" for n in range(12))]
+    rows = [full, *({**full, "method": m, "tokens": 9.0, "accuracy": n / 20} for n, m in enumerate(methods))]
+    curves = report._curves(rows)
+    assert report._coloured(curves) == {"random", *methods[-7:]}
+    assert report._coloured({name: curves[name] for name in methods[:8]}) == set(methods[:8])
+    report.picture(rows, tmp_path / "many.png", "t")
+    with Image.open(tmp_path / "many.png") as picture:
+        colours = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert colours >= {*report.COLOURS, "#CCCCCC"}
+
+
 def test_the_table_fits_80_columns_and_marks_what_is_below_the_floor(finished):
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(report.table(list(finished[1].values())))

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from subprocess import PIPE
 
 import numpy as np
@@ -65,6 +66,13 @@ def test_the_table_says_what_was_found(done):
     assert "Left out: atp: " in text
     with Image.open(out / "density.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_the_curve_is_that_of_one_run_over_all_methods(done, settings, tmp_path):
+    (summary,) = done[0].glob("*/scenes/summary.json")
+    together = replace(settings.piece(settings.models[0], "scenes", None), methods=("uniform", "random", "fastv"))
+    assert run.evaluate(together, tmp_path / "together") == json.loads(summary.read_text())
+    assert (tmp_path / "together" / "curve.png").read_bytes() == (summary.parent / "curve.png").read_bytes()
 
 
 def test_what_is_done_is_not_run_again(done, settings, monkeypatch):

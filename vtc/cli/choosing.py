@@ -98,8 +98,9 @@ def table(
 ) -> None:
     """Compare all methods: benchmarks by budgets by models, with paired intervals, ranks and costs.
 
-    Writes table.json, table.md and density.png to --out, and for each piece (model, benchmark, method) a folder as of
-    `vtc eval`. A second process with the same --out takes the pieces that the first one is not at.
+    Writes table.json, table.md and density.png to --out; into its folders, model/benchmark, the summary.json and
+    curve.png of all methods; and below a folder each piece (a method), as of `vtc eval`. A second process with the same
+    --out takes the pieces that the first one is not at.
 
     Examples:
 
@@ -120,6 +121,8 @@ def table(
     found, elsewhere = tables.evaluate(asked, out, bar=True)
     if elsewhere:
         note(f"{elsewhere} pieces are with another process: the table is without them, run this again when it is done")
+    for answers in found:
+        tables.write_curve(answers, out, seed)
     names = list(chosen or tables.comparable())
     standing, means = standings.stand(found, names, against, seed, costs)
     folder.write_json(out / "table.json", standing)
