@@ -298,6 +298,19 @@ def test_entropy_of_pixels_or_an_early_error(name):
     assert (scores[0] > scores[1]).float().mean() > 0.9  # entropies are positive, but newlines have none
 
 
+@pytest.mark.parametrize("method", ["vtc-cls", "visionzip", "tally", "fastv"])
+def test_a_tower_of_windows_alone_tells_nothing(method):
+    """Where no block of Qwen2.5-VL's tower sees the whole image."""
+    model = FAMILIES["qwen2_5_vl"].build()
+    model.model.visual.fullatt_block_indexes = [7]
+    if method == "fastv":
+        vtc.wrap(model, method, 0.5)
+        return
+    with pytest.raises(ValueError, match=f"^{method} looks at blocks of the vision tower .* has none"):
+        vtc.wrap(model, method, 0.5)
+    assert not hasattr(model, "vtc")
+
+
 def test_positions_in_three_axes_are_not_renumbered():
     model = FAMILIES["qwen2_5_vl"].model
     vtc.wrap(model, VtcCls(positions="contiguous"), 0.5)

@@ -24,6 +24,11 @@ class Compression:
         self.running: set[int] = set()
         """The threads in whose calls it is in force."""
         self._latest, self._last = Trace(), threading.local()
+        if not self.shape.tower_layers and any(need.tower for need in self.needs):
+            raise ValueError(
+                f"{self.method.name} looks at blocks of the vision tower that see the whole image, and this one has "
+                "none (fullatt_block_indexes of its config): take a method that looks at the decoder, such as fastv"
+            )
         for need in self.needs:
             need.modules(self.adapter)  # raises where the model has no such thing
         self._check_windows()

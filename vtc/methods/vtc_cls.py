@@ -42,7 +42,7 @@ class VtcCls(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         depth = shape.tower_layers
         layers = max(1, round(3 * (depth + 1) / 24)) if self.layers is None else self.layers
-        if layers > depth:
+        if self.layers is not None and layers > depth:
             raise ValueError(
                 f"layers={layers} must lie in 1 to {depth}: the projector sees no more blocks of this tower"
             )
