@@ -198,6 +198,16 @@ def test_half_precision(model, setting, dtype):
     assert min(agreement) > 0.6
 
 
+def test_a_prompt_in_chunks_is_refused_where_it_has_an_image(llava):
+    vtc.wrap(llava, "vtc-cls", 0.4)
+    inputs = prompt(llava, (1,))
+    few = dict(GREEDY, prefill_chunk_size=16)
+    with pytest.raises(ValueError, match="reads a prompt with images whole: leave prefill_chunk_size out"):
+        llava.generate(**inputs, **few)
+    text = {"input_ids": inputs["input_ids"][:, -6:]}
+    assert torch.equal(llava.generate(**text, **few), llava.generate(**text, **GREEDY))
+
+
 # -- other devices, other weights, compilers -----------------------------------------------------------------------
 
 

@@ -102,6 +102,8 @@ class Hooks(InForce):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("generation_config") or self.model.generation_config
+        if _sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
+            raise ValueError("a wrapped model reads a prompt with images whole: leave prefill_chunk_size out")
         config = kwargs.get("compile_config") or getattr(given, "compile_config", None)
         if config is not None and config.fullgraph:
             warnings.warn("a wrapped model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
@@ -113,8 +115,7 @@ class Hooks(InForce):
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         running.set(None)
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-        sees = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        compression = self.begin(sees or bool(given.get("mm_encoder_outputs")))
+        compression = self.begin(_sees(given))
         call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
         for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
             call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
@@ -172,6 +173,12 @@ class Hooks(InForce):
             Encoded({need: rows[image].T for need, rows in packed.items()}, grids)
             for image, grids in enumerate(self.adapter.parts(call, [len(feature) for feature in features]))
         ]
+
+
+def _sees(given: dict[str, Any]) -> bool:
+    """Whether a call is given an image or a video."""
+    pixels = (given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    return any(pixels) or bool(given.get("mm_encoder_outputs"))
 
 
 # -- the decoder ------------------------------------------------------------------------------------------------------
