@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -107,18 +108,16 @@ def to_pixels(image: Image.Image, size: int | None = None) -> Tensor:
 
 def _patch_words(sample: Sample, preset: Preset) -> Tensor:
     """The description of whatever touches a patch and the halves of the image it is in, or the word "nothing"."""
-    named: list[list[int]] = [[] for _ in range(preset.grid**2)]
+    named: dict[int, list[int]] = defaultdict(list)
     for thing in sample.things:
         x, y = (2 * c < sample.image.width for c in thing.center)
         words = (*thing.words, "left" if x else "right", "top" if y else "bottom")
         ids = [encode(f" {word}", preset.benchmarks)[0] for word in words]
         for patch in sample.touched(thing, preset.grid):
             named[patch] += ids
-    words = torch.full((len(named), WORDS_A_PATCH), -1)
-    for patch, ids in enumerate(named):
-        ids = list(dict.fromkeys(ids or encode(" nothing", preset.benchmarks)))[:WORDS_A_PATCH]
-        words[patch, : len(ids)] = torch.tensor(ids)
-    return words
+    nothing = encode(" nothing", preset.benchmarks)
+    found = (dict.fromkeys(named.get(patch, nothing)) for patch in range(preset.grid**2))
+    return torch.tensor([([*ids] + [-1] * WORDS_A_PATCH)[:WORDS_A_PATCH] for ids in found])
 
 
 def _present(sample: Sample, preset: Preset) -> Tensor:

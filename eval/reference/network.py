@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vtc.eval.reference.data import Pack
+
+
+FLOAT32 = "sdpa_in_float32"
+"""The attention that training uses: on CPUs its way back takes a third of the time that it takes in bfloat16."""
+
+
+def _in_float32(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    return output.to(query.dtype), weights
+
+
+AttentionInterface.register(FLOAT32, _in_float32)
+AttentionMaskInterface.register(FLOAT32, sdpa_mask)
 
 
 def look(model: LlavaForConditionalGeneration, pixels: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ from vtc.eval import benchmarks as known
 from vtc.eval import progress, scenes
 from vtc.eval.reference.data import QUESTIONS, Batch, Pack, batches, encode, labels, make_batch, pack
 from vtc.eval.reference.model import PRESETS, Preset, build_model, build_processor, shared_tokenizer
-from vtc.eval.reference.network import Labels, gather, look, read
+from vtc.eval.reference.network import FLOAT32, Labels, gather, look, read
 
 BLIND = 0.05
 """Part of the rows that see no visual token, so that a blind answer is an honest guess."""
@@ -45,6 +45,8 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.model = build_model(preset, shared_tokenizer(preset.benchmarks)).to(self.device)
+        if self.device.type == "cpu":
+            self.model.set_attn_implementation(FLOAT32)
         names = labels(preset.benchmarks)
         self.labels = Labels(preset.vision[0], preset.text[0], preset.grid, len(names)).to(self.device)
         parameters = [*self.model.parameters(), *self.labels.parameters()]
@@ -92,8 +94,8 @@ class Trainer:
         preset, saved = self.preset, time.monotonic()
         total = preset.tower_steps + preset.read_steps
         self.model.train()
-        if compiled:  # a narrow decoder spends most of its time between matrix products
-            for layer in self.model.model.language_model.layers:
+        if compiled:  # a narrow model spends most of its time between matrix products
+            for layer in (*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers):
                 layer.compile(dynamic=True)
         with progress.bar("steps", total, self.step) as tick:
             for batch in batches(preset, self.seed, self.step, total, workers):
@@ -248,7 +250,7 @@ def train(
     """Train a reference model; go on from `out`/checkpoint.pt if it is there; leave model and processor in `out`/model.
 
     `preset` is one of PRESETS; the numbers of steps default to the preset's. `workers` processes draw scenes.
-    The decoder is compiled where there is a C++ compiler, unless `compiled` says otherwise. Raises ValueError for
+    The layers are compiled where there is a C++ compiler, unless `compiled` says otherwise. Raises ValueError for
     an unknown preset or where `out` holds a checkpoint of other settings.
     """
     if preset not in PRESETS:
