@@ -13,7 +13,6 @@ from transformers.masking_utils import sdpa_mask
 
 from vtc.eval.reference.data import Pack
 
-
 FLOAT32 = "sdpa_in_float32"
 """The attention that training uses: on CPUs its way back takes a third of the time that it takes in bfloat16."""
 
