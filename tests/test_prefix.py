@@ -52,6 +52,9 @@ def test_what_cannot_be_shared_is_refused():
     vtc.wrap(model, "fastv", 0.5)
     with pytest.raises(ValueError, match="fastv drops before decoder layers"):
         vtc.prefix(model, **beginning)
+    vtc.wrap(model, "cdpruner", 0.5)
+    with pytest.raises(ValueError, match="cdpruner chooses by the question"):
+        vtc.prefix(model, **beginning)
     model = FAMILIES["paligemma"].model
     with vtc.compressed(model, "vtc-cls", 0.5), pytest.raises(ValueError, match="reads the question"):
         vtc.prefix(model, **parted(prompt(model))[0])

@@ -176,6 +176,7 @@ def test_images_that_arrive_together_go_through_the_tower_together():
     [
         (("fastv", 0.5), "drops inside the decoder"),
         (("random-kv", 0.5), "drops inside the decoder"),
+        (("cdpruner", 0.5), "chooses by the question"),
         ((vtc.Tally(power=1.0), 0.5), "weighs merged tokens"),
         (("uniform", 0), "nothing is left"),
     ],

@@ -82,6 +82,7 @@ def test_replies_are_those_of_generate(served):
         (QUESTIONS[2], NOTHING, [picture(3), picture(4)], {"vtc": {"method": "none"}}),
         (QUESTIONS[2], ("fastv", 0.5), [picture(5)], {"vtc": {"method": "fastv", "budget": 0.5}}),
         (QUESTIONS[2], ("fastv", 0.5), [picture(6)], {"vtc": {"method": "fastv", "budget": 0.5}, "stream": True}),
+        (QUESTIONS[2], ("coverpruner", 0.25), [picture(7)], {"vtc": {"method": "coverpruner", "budget": 0.25}}),
         (QUESTIONS[0], QUARTER, [], {}),
     ]
     replies = post(served, *(request(question, *seen, **more) for question, _, seen, more in asked))

@@ -46,6 +46,11 @@ class Compression:
     def stages(self) -> tuple[Stage, ...]:
         return self.method.stages(self.shape)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether what stays of an image depends on the text of its prompt."""
+        return any(need.reads_text for need in self.needs)
+
     def _check_windows(self) -> None:
         for stage in self.stages:
             if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:

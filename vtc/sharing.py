@@ -33,7 +33,7 @@ def prefix(model: nn.Module, **inputs: Any) -> transformers.Cache:
 
     Raises:
         ValueError: the model is not wrapped, or its tokens do not depend on the image alone: the method has stages
-            inside the decoder, or the text of a prompt is read by its image (PaliGemma).
+            inside the decoder or looks at the question, or the text of a prompt is read by its image (PaliGemma).
     """
     if (hooks := hooks_of(model)) is None:
         raise ValueError("wrap the model first: vtc.wrap(model, 'vtc-cls', budget=0.25)")
@@ -42,6 +42,11 @@ def prefix(model: nn.Module, **inputs: Any) -> transformers.Cache:
         raise ValueError(
             f"{compression.method.name} drops before decoder layers {late}, where the question matters: prompts can "
             "share what a method does before the decoder only, such as vtc-cls, tome or uniform"
+        )
+    if compression.reads_text:
+        raise ValueError(
+            f"{compression.method.name} chooses by the question, which stands behind what prompts share: take a method "
+            "that looks at the image alone, such as vtc-cls, tome or uniform"
         )
     if _image_reads_text(hooks.adapter, inputs):
         raise ValueError("the image of this model reads the question: prompts have no beginning that is the same")

@@ -108,6 +108,8 @@ def _check(adapter: Adapter, forward: Forward, kwargs: dict[str, Any]) -> None:
     device = kwargs["inputs_embeds"].device
     if any(stage.site != 0 for stage in forward.compression.stages):
         raise Alone(f"{method} drops inside the decoder, where a packed batch has one length for all layers")
+    if forward.compression.reads_text:
+        raise Alone(f"{method} chooses by the question, and here an image is pruned once for all questions")
     if forward.stream.columns.weight is not None:
         raise Alone(f"{method} weighs merged tokens, and kernels for packed batches know no weights")
     if positions is not None and positions.ndim == 3:
