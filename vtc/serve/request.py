@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Of all methods, looked for once: `described` reads their files, which takes as long as an answer."""
+    return tuple(described())
 
 
 class _Strict(BaseModel):
@@ -86,8 +93,8 @@ class Asked(_Strict):
         method, budget = self.vtc.method, self.vtc.budget
         if method == "none":
             return NOTHING
-        if method is not None and method not in described():  # names alone: other forms would import and read files
-            raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(described())}")
+        if method is not None and method not in names():  # names alone: other forms would import and read files
+            raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(names())}")
         return default[0] if method is None else method, budget
 
 
