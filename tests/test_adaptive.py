@@ -15,6 +15,7 @@ from test_tally import price
 
 import vtc
 from vtc.choice import Seen
+from vtc.demo import budgets
 from vtc.eval import fit as fitting
 from vtc.methods import ward as clustering
 from vtc.methods.compose import with_budget
@@ -180,6 +181,14 @@ def test_budgets_out_of_reach_say_what_to_do():
         FITTED.bind(None, 9, None)
     with pytest.raises(ValueError, match=r"what a budget of 0\.25 hides .* `vtc fit --method tally-adaptive`"):
         vtc.wrap(FAMILIES["llava"].model, "tally-adaptive", 0.25)
+
+
+def test_the_demo_offers_what_was_measured():
+    adapter = vtc.adapter.find(FAMILIES["llava"].model)
+    offered = budgets.reachable(adapter, FITTED)
+    assert offered == [*range(10, 101)]
+    assert budgets.note(adapter, FITTED, 25, offered).endswith("reaches down to 10 %: it was measured no further.")
+    assert budgets.reachable(adapter, TallyAdaptive()) == [100]
 
 
 @pytest.mark.parametrize(
