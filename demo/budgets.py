@@ -47,6 +47,7 @@ def note(adapter: Adapter, method: Method, percent: int, offered: list[int]) -> 
     if offered[0] > 1:
         packs = any(stage.precision for stage in method.stages(adapter.shape()))
         why = "it drops no token, and keeps some at fewer bits" if packs else "its first layers read everything"
+        why = "it was measured no further" if method.adaptive else why
         return f"{said} {method.name} reaches down to {offered[0]} %: {why}."
     return said
 

@@ -3,10 +3,13 @@
 As FitPrune does it (arXiv 2409.10197), for any method that scores before every layer it is told to. With a tolerance
 alpha each layer drops what leaves 1 - alpha of the mass that its scores have in the unpruned model; the least alpha
 that meets the budget is found by bisection, image by image. What is left after each layer, averaged, is the schedule.
+
+A method that decides by itself how many tokens of an image stay is fitted to all budgets at once: `measure`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +20,17 @@ from torch import Tensor
 
 import vtc
 from vtc.choice import Choice, Seen
+from vtc.eval import progress
 from vtc.eval.reader import load, model_path
 from vtc.eval.tune import Search, batches
 from vtc.methods.progressive import Progressive
+from vtc.methods.tally_adaptive import TallyAdaptive
 from vtc.stage import Method, Shape, Stage
 
 WIDTH = 0.01
 """Of the interval in which the bisection leaves alpha."""
+HIDDEN = tuple(round(0.8 * 0.75**n, 4) for n in range(16))
+"""What `measure` lets groups hide, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,27 @@ def spare(mass: Tensor, valid: Tensor, least: Tensor) -> Tensor:
     return (rank < enough.sum(2, keepdim=True) - 1).all(1)
 
 
-def fit(search: Search, out: Path) -> Progressive:
-    """Fit the method's schedule to the budget, and write the method to the JSON file `out`.
+def is_measured(method: str) -> bool:
+    """Whether a method is fitted to all budgets at once."""
+    return isinstance(vtc.find_method(method), TallyAdaptive)
 
-    Raises ValueError for a method without a schedule, BudgetError for a budget that is out of its reach.
+
+def fit(search: Search, out: Path) -> Method:
+    """Fit the method's schedule to the budget, or `measure` it, and write the method to the JSON file `out`.
+
+    Raises ValueError for a method that has neither, BudgetError for a budget that is out of its reach.
     """
     start = vtc.find_method(search.method)
-    if not isinstance(start, Progressive):
+    if not isinstance(start, Progressive | TallyAdaptive):
         fitted = [name for name, kind in vtc.list_methods().items() if issubclass(kind, Progressive)]
-        raise ValueError(f"{search.method} has no schedule to fit; {', '.join(fitted)} have")
+        raise ValueError(
+            f"{search.method} has no schedule to fit; {', '.join(fitted)} have, and {TallyAdaptive.name} is measured"
+        )
     reader = load(model_path(search.model), "cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(start, TallyAdaptive):
+        measured = measure(reader.model, batches(reader, search), start)
+        measured.to_json(out)
+        return measured
     adapter = vtc.adapter.find(reader.model)
     target, depth = _share(search.budget, adapter.tokens_per_image()), adapter.shape().decoder_layers
     method = replace(start, layers=tuple(range(1, depth)), keep_ratios=(1.0,) * (depth - 1))
@@ -104,6 +122,29 @@ def fit(search: Search, out: Path) -> Progressive:
     with vtc.compressed(reader.model, method, search.budget):  # raises where the budget is out of reach
         method.to_json(out)
     return method
+
+
+def measure(model: Any, asked: Sequence[dict[str, Tensor]], method: TallyAdaptive) -> TallyAdaptive:
+    """The method with what stays of prompts, the share of their visual tokens, where each of `HIDDEN` is hidden."""
+    found: dict[float, float] = {}
+    with progress.bar("measuring", len(HIDDEN)) as tick:
+        for hidden in HIDDEN:
+            share = round(_mean_share(model, asked, replace(method, hidden=hidden)), 4)
+            if max(found, default=0) < share < 1:
+                found[share] = hidden
+            tick()
+    return replace(method, shares=tuple(found), hides=tuple(found.values()))
+
+
+@torch.inference_mode()
+def _mean_share(model: Any, asked: Sequence[dict[str, Tensor]], method: Method) -> float:
+    """Of the visual tokens of all prompts, averaged over the decoder layers, what the method leaves."""
+    left = whole = 0.0
+    for inputs in asked:
+        with vtc.compressed(model, method, None) as trace:
+            model.base_model(**inputs)
+        left, whole = left + float(trace.average_tokens.sum()), whole + sum(trace.sizes)
+    return left / whole
 
 
 def _share(budget: int | float, tokens: int | None) -> float:

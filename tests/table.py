@@ -56,9 +56,14 @@ ONLY_DROPS = {"vflowopt-late"}
 """Settings that merge nothing, of methods that do."""
 
 
-def by_itself(kind: type[vtc.Method]) -> tuple[vtc.Method, float]:
-    """A method as it is listed, at 40 % of the tokens or, where that is out of its reach, half way to its floor."""
+def by_itself(kind: type[vtc.Method]) -> tuple[vtc.Method, float | None]:
+    """A method as it is listed, at 40 % of the tokens or, where that is out of its reach, half way to its floor.
+
+    One that decides by itself how many tokens stay is left to itself.
+    """
     method = kind()
+    if method.adaptive:
+        return method, None
     try:
         counts(method, 36, 0.4, SHAPE)
     except vtc.BudgetError as error:

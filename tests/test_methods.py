@@ -502,7 +502,7 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
         shares = tuple(rng.choice((1.0, 0.9, 0.01, rng.random())) for _ in range(3))
         method = rng.choice(
             [
-                *(kind() for name, kind in vtc.list_methods().items() if name != "atp"),
+                *(kind() for kind in vtc.list_methods().values() if not kind.adaptive),
                 FastV(layer=layers[0], ratio=shares[0]),
                 TransPrune(layers=tuple(layers), keep_ratios=shares),
                 VFlowOpt(layers=tuple(layers[:2]), retain=shares),

@@ -63,8 +63,12 @@ def tune(
 
 def fit(
     context: typer.Context,
-    method: Annotated[str, typer.Option(help="One that prunes at several layers of the decoder.")] = "fitprune",
-    budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image).")] = "0.25",
+    method: Annotated[
+        str, typer.Option(help="One that prunes at several layers of the decoder, or tally-adaptive.")
+    ] = "fitprune",
+    budget: Annotated[
+        str, typer.Option(help="0.25, 25% or 64 (tokens per image); tally-adaptive is fitted to all.")
+    ] = "0.25",
     model: Model = "reference",
     images: Images = "scenes",
     question: Question = "describe the image.",
@@ -74,11 +78,14 @@ def fit(
 ) -> None:
     """Fit how many tokens leave before which decoder layer to a model and a budget, without labels.
 
-    Each layer drops what its scores can do without, up to a tolerance that meets the budget (FitPrune).
+    Each layer drops what its scores can do without, up to a tolerance that meets the budget (FitPrune). Of
+    tally-adaptive, whose images keep as many tokens as they need, it is measured how many these are on average.
 
-    Example:
+    Examples:
 
       vtc fit --method pyramiddrop --budget 0.25 --out out/fitted.json
+
+      vtc fit --method tally-adaptive --images photos --out out/adaptive.json
     """
     spend = parse_budget(budget)
     check_names(method)
@@ -87,6 +94,9 @@ def fit(
     quiet()
     from vtc.eval import fit as fitting
     from vtc.eval.tune import Search
+
+    if fitting.is_measured(method):
+        refuse(context, "budget", why=f"{method} is fitted to all budgets, and the file takes any")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     search = Search(model, method, spend, images, (question,), samples, seed=seed)

@@ -58,7 +58,7 @@ class Chain(Method):
         if len(self.split) != rest:
             raise ValueError(f"{self.name}: split: {rest} numbers share between {rest + 1} methods, not {self.split}")
         if own := [method.name for method in found if method.adaptive]:
-            raise ValueError(f"{own[0]} decides by itself how many tokens stay, and was trained alone: not in a chain")
+            raise ValueError(f"{own[0]} decides by itself how many tokens stay: not in a chain")
 
     def tuned(self, values: dict[str, Any]) -> Self:
         """With other values for names of `space`: "split", "split.0", or "1.layer" for the second method's `layer`."""

@@ -21,7 +21,7 @@ from vtc.stage import Budget, Method, Shape, Stage
 class Modifier(Method):
     """Base: a method whose stages score by more than it says itself. All else is as in `method`.
 
-    Raises ValueError for a method that decides by thresholds on its own scores how many tokens stay.
+    Raises ValueError for a method that decides by itself how many tokens stay.
     """
 
     method: Method
@@ -34,7 +34,7 @@ class Modifier(Method):
         if not isinstance(self.method, Method):
             raise ValueError(f"@{self.key} stands behind a method, not {self.method!r}: vtc.find_method('fastv@sinks')")
         if self.method.adaptive:
-            raise ValueError(f"{self.method.name} has thresholds for its scores as they are: it takes no @{self.key}")
+            raise ValueError(f"{self.method.name} decides by itself how many tokens stay: it takes no @{self.key}")
         said = {
             "name": f"{self.method.name}@{self.key}",
             "paper": f"{self.method.paper}; {self.paper}",

@@ -9,8 +9,11 @@ from vtc.compact import gather
 
 
 @torch.no_grad()
-def ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+def ward(states: Tensor, valid: Tensor, count: Tensor, allowance: Tensor | None = None) -> Tensor:
     """Ward's clustering: the source map that leaves `count` (images,) groups, each in the place of its first token.
+
+    Or more groups, where an `allowance` ends it first: the costs of an image's joins, which add up to the sum of
+    squares of its tokens about the means of their groups, stay within it.
 
     Joining groups a and b of n and m tokens costs n m / (n + m) times the squared distance of their means. In each
     round the cheaper half of the mutually nearest pairs is joined; among equals the earlier ones. Costs are held and
@@ -21,9 +24,12 @@ def ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         states: (images, tokens, width).
         valid: (images, tokens) bool; other tokens join none, and are mapped to -1.
         count: int64; an image of fewer tokens, or told to keep none, keeps what it has or one group.
+        allowance: (images,) float32. In each round as many of its cheapest pairs are joined as fit into what is left of
+            it, and an image of which none fits is done. None: no bound.
     """
+    allowance = torch.full(count.shape, torch.inf, device=states.device) if allowance is None else allowance
     images = max(1, ENTRIES // max(1, states.shape[1]) ** 2)
-    parts = zip(*(x.split(images) for x in (states.float().nan_to_num(0, 0, 0), valid, count)), strict=True)
+    parts = zip(*(x.split(images) for x in (states.float().nan_to_num(0, 0, 0), valid, count, allowance)), strict=True)
     return torch.cat([_ward(*part) for part in parts])
 
 
@@ -33,7 +39,7 @@ ROUNDS = 4
 """Rounds between two looks at how many groups are left: each makes the host wait for the device."""
 
 
-def _ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+def _ward(states: Tensor, valid: Tensor, count: Tensor, allowance: Tensor) -> Tensor:
     """The same for images that are clustered together.
 
     `cost`, `size` and `first` (its first token) are of the groups that were left at the last look, and of one more at
@@ -48,7 +54,8 @@ def _ward(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
             if not more:
                 break
             cost, size, first = _packed(cost, size, first, most)
-        a, b, price, number = _pairs(cost, (left - least).clamp(min=0))
+        a, b, price, number = _pairs(cost, (left - least).clamp(min=0), allowance)
+        least, allowance = least.where(number > 0, left), (allowance - price.sum(1)).clamp(min=0)
         size = _join(cost, size, a, b, price)
         into, left = token.scatter(1, first.gather(1, b), first.gather(1, a)).gather(1, into), left - number
     return into[:, :-1].where(valid, -1)
@@ -64,14 +71,17 @@ def _packed(cost: Tensor, size: Tensor, first: Tensor, most: int) -> tuple[Tenso
     return gather(gather(cost, order).transpose(1, 2), order), size.gather(1, order), first.gather(1, order)
 
 
-def _pairs(cost: Tensor, excess: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pairs of a round, `excess` (images,) at most: groups a and b, what joining them costs, and how many."""
+def _pairs(cost: Tensor, excess: Tensor, allowance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pairs of a round, `excess` (images,) at most, for at most the `allowance` (images,): groups a and b, what
+    joining them costs, and how many."""
     place = torch.arange(cost.shape[1], device=cost.device).expand(cost.shape[:2])
     none = cost.shape[1] - 1
     (price, nearest), half = cost.min(2), (none // 2 + 1) // 2
     leads = (nearest.gather(1, nearest) == place) & (place < nearest) & price.isfinite()
     price, a = price.masked_fill(~leads, torch.inf).sort(dim=1, stable=True)
-    number = torch.minimum((leads.sum(1) + 1) // 2, excess)
+    number = torch.minimum((leads.sum(1) + 1) // 2, excess).minimum(
+        (price[:, :half].cumsum(1) <= allowance[:, None]).sum(1)
+    )
     joins = place[:, :half] < number[:, None]
     a = a[:, :half].where(joins, none)
     return a, nearest.gather(1, a).where(joins, none), price[:, :half].where(joins, 0), number
