@@ -248,7 +248,8 @@ def picture(
     order = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ALWAYS))
     curves = _curves(rows)
     coloured = _coloured(curves)
-    order = [method for method in order if method in coloured]
+    if len(coloured) < len(curves):
+        order = [method for method in curves if method in coloured]
     for method, points in curves.items():
         if method not in coloured:
             _draw_grey(axes, points)
@@ -282,7 +283,8 @@ def picture(
         axes.plot([], [], "x", color="0.3", label="published")
     if footnote(rows):
         axes.plot([], [], " ", label=LATE.replace(", ", ",\n"))
-    _dress(axes, rows, title, AXES[per], hollow=not all(row["reachable"] for row in rows))
+    hollow = any(not row["reachable"] for row in rows if row["method"] in coloured)
+    _dress(axes, rows, title, AXES[per], hollow)
     figure.savefig(path)
 
 
@@ -302,10 +304,10 @@ def _curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _coloured(curves: dict[str, list[Row]]) -> set[str]:
-    """All methods; of more than there are colours the first ones, and the baseline."""
+    """All methods; of more than there are colours the first ones, and the baseline, in colours that are not grey."""
     if len(curves) <= len(COLOURS):
         return set(curves)
-    first = [method for method in curves if method != BASELINE][: len(COLOURS) - 1]
+    first = [method for method in curves if method != BASELINE][: len(COLOURS) - 2]
     return {*first, BASELINE} & set(curves)
 
 
