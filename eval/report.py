@@ -22,6 +22,8 @@ RESAMPLES = 2000
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 MARKERS = "osD^vPX<"
 ALWAYS = ("full", "blind")
+MANY = 2 * len(COLOURS)
+"""Curves in one picture, each colour with two markers; of more only the first are coloured."""
 BASELINE = "random"
 """The method that a picture of many names beside the best."""
 
@@ -304,8 +306,8 @@ def _curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _coloured(curves: dict[str, list[Row]]) -> set[str]:
-    """All methods; of more than there are colours the first ones, and the baseline, in colours that are not grey."""
-    if len(curves) <= len(COLOURS):
+    """All methods; of more than colours tell apart the first ones, and the baseline, in colours that are not grey."""
+    if len(curves) <= MANY:
         return set(curves)
     first = [method for method in curves if method != BASELINE][: len(COLOURS) - 2]
     return {*first, BASELINE} & set(curves)
