@@ -44,10 +44,7 @@ def prefix(model: nn.Module, **inputs: Any) -> transformers.Cache:
             "share what a method does before the decoder only, such as vtc-cls, tome or uniform"
         )
     if compression.reads_text:
-        raise ValueError(
-            f"{compression.method.name} chooses by the question, which stands behind what prompts share: take a method "
-            "that looks at the image alone, such as vtc-cls, tome or uniform"
-        )
+        raise ValueError(f"{compression.method.name} chooses by the question, which is not in what prompts share")
     if _image_reads_text(hooks.adapter, inputs):
         raise ValueError("the image of this model reads the question: prompts have no beginning that is the same")
     cache: transformers.Cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
