@@ -51,7 +51,7 @@ def build(folder: Path) -> Path:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in tracked.splitlines():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "source" / name)
+        shutil.copy(ROOT / name, folder / "source" / name, follow_symlinks=False)
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source")
     (wheel,) = folder.glob("*.whl")
     return wheel
