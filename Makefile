@@ -12,9 +12,6 @@ READY := .venv/.ready
 CURVE_FLAGS ?=
 QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two-)
 
-# half as many again as cores: the tests of the demo wait for a browser most of their time
-WORKERS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
-
 .PHONY: curve quick test clean
 
 curve: $(READY)
@@ -30,7 +27,7 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
 # lmms-eval goes last and without what it declares: that includes torchvision, whose wheel for CUDA does not even import
