@@ -10,7 +10,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 CURVE_FLAGS ?=
-QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two-)
+QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two- or samples)
 
 .PHONY: curve quick test clean
 
