@@ -214,11 +214,12 @@ document.addEventListener("vtc:preview", ({ detail }) => {
     stale();
 });
 
-// On a small screen what is asked for may lie below or above what is seen.
+// On a small screen what is asked for may lie below or above what is seen. A problem is scrolled to even where it is in
+// view: the page may still be on its way to the answers.
 function look(selector) {
-    const place = document.querySelector(selector), { top, bottom } = place.getBoundingClientRect();
-    if (selector === "#problem" && (top < 0 || bottom > innerHeight)) place.scrollIntoView({ behavior: "smooth", block: "center" });
-    if (selector !== "#problem" && (top < 0 || top > innerHeight / 2)) place.scrollIntoView({ behavior: "smooth", block: "start" });
+    const place = document.querySelector(selector), { top } = place.getBoundingClientRect();
+    if (selector === "#problem") place.scrollIntoView({ behavior: "smooth", block: "center" });
+    else if (top < 0 || top > innerHeight / 2) place.scrollIntoView({ behavior: "smooth", block: "start" });
 }
 
 watch("value", show);

@@ -287,16 +287,26 @@ def test_the_answer_is_in_view_and_nothing_scrolls_sideways(browser, address, si
         assert page.get_by_label("Brush").is_visible() == (size == "phone")
 
 
+IN_VIEW = """(() => {
+    const at = document.querySelector('#problem').getBoundingClientRect();
+    return at.top >= 0 && at.bottom < innerHeight;
+})()"""
+
+
 def test_a_problem_is_in_view_on_a_phone(browser, address):
     with screen(browser, address, "phone") as page:
         choose(page)
         write(page, " ")
         page.locator("#ask").click()
         problem(page, "Write a question")
-        page.wait_for_function(
-            "(() => { const at = document.querySelector('#problem').getBoundingClientRect();"
-            " return at.top >= 0 && at.bottom < innerHeight; })()"
-        )
+        page.wait_for_function(IN_VIEW)
+        # an error that comes at once, while the page still scrolls to where the answers will be
+        page.evaluate("""() => new Promise((settled) => {
+            document.addEventListener("scrollend", settled, { once: true });
+            for (const name of ["vtc:ask", "vtc:answered"]) document.dispatchEvent(new CustomEvent(name, { detail: [] }));
+            setTimeout(settled, 2000);
+        })""")
+        assert page.evaluate(IN_VIEW)
 
 
 def test_a_port_in_use_is_one_line():
