@@ -2,7 +2,8 @@
 
 The limit is measured, not computed: the same model runs natively on prompts that are as short from the start as the
 pruned ones are in the end. Where a method drops tokens in the middle of the stack, each layer counts with the native
-prefill of its own length.
+prefill of its own length; where it narrows a cache after the prefill, each layer counts with the prefill of what it
+read, and with the decoding of what it holds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import vtc
 from vtc import adapter, cost
 from vtc.eval import shapes
 from vtc.held import nbytes
+from vtc.trace import Trace
 
 PARTS = {
     "vision": "vision tower",
@@ -52,9 +54,10 @@ class Tokens(TypedDict):
     full: int
     """Visual tokens of the image."""
     average: float
-    """Of these, what a decoder layer reads under the method, averaged over the layers."""
+    """Of these, what a layer's cache holds after the prefill, averaged over the layers: tokens at fewer bits count by
+    their bytes."""
     last: int
-    """What the last layer reads."""
+    """What the last layer reads in the prefill."""
     text: int
 
 
@@ -112,16 +115,18 @@ def bench(
         _compile(adapter.find(model).layers)
     step("preparing the prompts")
     inputs = shapes.prompt(model, case.batch, case.prompt_tokens, case.pixels)
-    counts = [_tokens_per_layer(model, arm, inputs) for arm in arms]
+    traces = [_traced(model, arm, inputs) for arm in arms]
     text = case.prompt_tokens
-    works = _works(model, arms, inputs, {n + text for arm in counts for n in arm}, case)
+    reads = [[n + text for n in trace.tokens_per_layer[0].tolist()] for trace in traces]
+    holds = [[n + text for n in trace.held_sizes[0].round().int().tolist()] for trace in traces]
+    works = _works(model, arms, inputs, {n for lengths in (*reads, *holds) for n in lengths}, case)
     rounds = take_turns(works, case.rounds, step)
     full = _median([runs["full"] for runs in rounds])
     total = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
     rows = []
-    for number, ((method, budget), layers) in enumerate(zip(arms, counts, strict=True)):
-        pruned = _median([runs["pruned", number] for runs in rounds])
-        limits = [_limit(runs["full"], [runs[n + text] for n in layers]) for runs in rounds]
+    for number, ((method, budget), trace) in enumerate(zip(arms, traces, strict=True)):
+        pruned, layers = _median([runs["pruned", number] for runs in rounds]), trace.tokens_per_layer[0].tolist()
+        limits = [_limit(runs, reads[number], holds[number]) for runs in rounds]
         ranges: Ranges = {
             "gain": _ranges([(runs["full"], runs["pruned", number]) for runs in rounds]),
             "possible": _ranges([(runs["full"], limit) for runs, limit in zip(rounds, limits, strict=True)]),
@@ -129,7 +134,7 @@ def bench(
         row: Row = {
             "method": method if isinstance(method, str) else method.name,
             "budget": budget,
-            "tokens": {"full": total, "average": statistics.mean(layers), "last": layers[-1], "text": text},
+            "tokens": {"full": total, "average": float(trace.average_tokens[0]), "last": layers[-1], "text": text},
             "full": full,
             "pruned": {part: pruned[part] for part in full},
             "limit": _median(limits),
@@ -143,10 +148,10 @@ def bench(
     return rows
 
 
-def _tokens_per_layer(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tensor]) -> list[int]:
+def _traced(model: torch.nn.Module, arm: tuple, inputs: dict[str, Tensor]) -> Trace:
     with vtc.compressed(model, *arm) as trace:
         model(**inputs, logits_to_keep=1)
-    return trace.tokens_per_layer[0].tolist()
+    return trace.record
 
 
 Work = Callable[[], Parts]
@@ -215,10 +220,12 @@ def _median(runs: list[Parts]) -> Parts:
     return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
 
 
-def _limit(full: Parts, short: list[Parts]) -> Parts:
-    """The vision tower of the full model before a decoder whose every layer reads its own natively short prompt."""
-    mean = {part: statistics.mean(layer[part] for layer in short) for part in ("prefill", "decode", "kv_bytes")}
-    return {"vision": full["vision"], **mean, "first": full["vision"] + mean["prefill"]}
+def _limit(runs: Mapping[Any, Parts], reads: Sequence[int], holds: Sequence[int]) -> Parts:
+    """The vision tower of the full model before a decoder whose every layer has the prefill of a natively short prompt,
+    of the length that it reads, and the decoding and the cache of one of the length that it holds."""
+    vision, prefill = runs["full"]["vision"], statistics.mean(runs[length]["prefill"] for length in reads)
+    decode, kv_bytes = (statistics.mean(runs[length][part] for length in holds) for part in ("decode", "kv_bytes"))
+    return {"vision": vision, "prefill": prefill, "decode": decode, "kv_bytes": kv_bytes, "first": vision + prefill}
 
 
 def _compile(layers: Sequence[torch.nn.Module]) -> None:
@@ -308,6 +315,11 @@ RESET_PEAK = Path("/proc/self/clear_refs")
 def what_binds(model: torch.nn.Module, row: Row, layers: Sequence[int]) -> str:
     """One sentence: what keeps the first token from coming sooner, and what would help."""
     full, limit, tokens = row["full"], row["limit"], row["tokens"]
+    if min(layers) == tokens["full"] > tokens["average"]:
+        return (
+            "The prefill is that of the full model: what leaves the cache after it saves memory and decoding, and "
+            "never the first token."
+        )
     vision = limit["vision"] / limit["first"]
     if vision > 0.5:
         return (

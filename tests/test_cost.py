@@ -145,9 +145,23 @@ def test_bench_says_what_binds(vision, prefill, words):
     row = {
         "full": {"prefill": 1.0},
         "limit": {"vision": vision, "prefill": prefill, "first": vision + prefill},
-        "tokens": {"full": 36, "text": 2},
+        "tokens": {"full": 36, "average": 2.0, "text": 2},
     }
     assert words in bench.what_binds(llava(), row, [2] * 6)
+
+
+@pytest.mark.parametrize(("method", "at_most"), [("random-kv", 18 + 12), ("bits", 18 + 13)])
+def test_the_limit_of_the_cache_reads_all_and_holds_less(method, at_most):
+    """Half of 36 tokens is held, whatever the prefill read: of packed ones as many as have their bytes."""
+    model, case = llava(), bench.Case(prompt_tokens=12, new_tokens=1, rounds=1)
+    (row,) = bench.bench(model, [(method, 0.5)], case)
+    assert row["tokens"]["last"] == 36
+    assert row["tokens"]["average"] <= 18
+    assert row["limit"]["prefill"] > 0
+    token = cost.kv_bytes([1] * 6, 0, model.config.text_config, element=4)
+    assert row["limit"]["kv_bytes"] <= at_most * token
+    assert row["limit"]["kv_bytes"] == pytest.approx(row["pruned"]["kv_bytes"], rel=0.1)
+    assert "never the first token" in row["binds"]
 
 
 @pytest.mark.parametrize(

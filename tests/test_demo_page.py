@@ -303,7 +303,8 @@ def test_a_problem_is_in_view_on_a_phone(browser, address):
         # an error that comes at once, while the page still scrolls to where the answers will be
         page.evaluate("""() => new Promise((settled) => {
             document.addEventListener("scrollend", settled, { once: true });
-            for (const name of ["vtc:ask", "vtc:answered"]) document.dispatchEvent(new CustomEvent(name, { detail: [] }));
+            for (const name of ["vtc:ask", "vtc:answered"])
+                document.dispatchEvent(new CustomEvent(name, { detail: [] }));
             setTimeout(settled, 2000);
         })""")
         assert page.evaluate(IN_VIEW)
