@@ -40,9 +40,6 @@ class Call:
     """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
     started: Moment = 0.0
 
-    def __post_init__(self) -> None:
-        self.record = {need: {} for need in self.compression.needs}
-
     @property
     def generates(self) -> bool:
         """Whether generate() makes this call."""

@@ -83,7 +83,11 @@ class Columns:
 
     def cropped(self, count: int) -> Columns:
         """Without the last `count`."""
-        return self._each(lambda x: x[..., : self.length - count])
+        return self.among(0, self.length - count)
+
+    def among(self, start: int, end: int | None = None) -> Columns:
+        """Those from the place `start` to `end` in the sequence."""
+        return self._each(lambda x: x[..., start:end])
 
     def rows(self, index: Tensor) -> Columns:
         """Other rows of the batch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 import vtc.compact as compact
 import vtc.held as held
 from vtc.call import Call
-from vtc.choice import Choice, by_head
+from vtc.choice import Choice, Seen, by_head
 from vtc.clock import Clock
 from vtc.columns import Columns
 from vtc.compression import Compression
 from vtc.features import locate, tower_rows
 from vtc.held import Held
 from vtc.need import Need
+from vtc.parted_layer import PartedLayer
 from vtc.rotary import Tables, carried
 from vtc.shared import Shared
 from vtc.stage import Cache, Site, Stage
@@ -57,6 +59,11 @@ class Forward:
     @property
     def compression(self) -> Compression:
         return self.call.compression
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What is to be seen of the decoder in this call."""
+        return self.compression.asks["prefill" if self.stream.images else "decode"] if self.busy else ()
 
     # -- entry ----------------------------------------------------------------------------------------------------
 
@@ -170,10 +177,12 @@ class Forward:
         self._note(stage, choice, scores)
         return choice, scores
 
-    def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
+    def _note(
+        self, stage: Stage, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None
+    ) -> None:
         scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
         size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
-        what = choice.into, choice.gate, choice.bits, size
+        what = choice.into, choice.gate, choice.bits, size, reads
         self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
@@ -185,12 +194,13 @@ class Forward:
         if 0 < layer <= len(late):
             hidden = hidden + compact.gather(late[layer - 1], self.stream.entered).to(hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
-        self._observe([need for need in self.compression.needs if need.before == layer], hidden)
+        self._observe([need for need in self.needs if need.before == layer], hidden)
         for number, stage in self._stages(layer) if layer else ():
             hidden = self._run(number, stage, hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
         columns = self._keys(layer)
         self.layers.append((columns, self.stream.source))
+        columns = self._handed(layer, columns, hidden)
         if not self._own(columns):
             return hidden, kwargs
         mask = self.visibility.mask(layer, columns, self.stream.length, hidden, self.cache)
@@ -201,6 +211,9 @@ class Forward:
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
+            if stage.when == "decode":
+                self._part(number, stage, layer)
+                continue
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
                 of = stage.site.layer if isinstance(stage.site, Cache) else layer
@@ -208,12 +221,48 @@ class Forward:
                 kept = self.stream, chosen[0], self._counts(number), stage.precision
                 self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
+    def _part(self, number: int, stage: Stage, layer: int) -> None:
+        """Behind a prompt: later steps are to choose what they read of a layer."""
+        (now, source), counts = self.layers[layer], self._counts(number)
+        parts = self.past.layers[layer], now, self.stream, counts, self.shared
+        self.layers[layer] = held.part(self.cache, layer, *parts), source
+        self._note(stage, Choice(self.stream.valid), reads=torch.tensor(counts))
+
+    def _handed(self, layer: int, columns: Columns, hidden: Tensor) -> Columns:
+        """What the kernel of a layer is handed of its keys: all, or in a step what that will have chosen by then."""
+        stages = [stage for stage in self.compression.stages if stage.site == Cache(layer) and stage.when == "decode"]
+        if self.stream.images or not stages or (parted := held.parted(self.cache, layer)) is None:
+            return columns
+        parted.choose = partial(self._reads, layer, stages[0], parted, hidden)
+        number = None if parted.even else parted.number
+        return self.shared(held.handed, columns, parted.apart, parted.most, number)
+
+    @torch.no_grad()
+    def _reads(self, layer: int, stage: Stage, parted: PartedLayer, hidden: Tensor) -> Tensor:
+        """The visual tokens of a layer that a step reads: (batch, most), among those that lie apart."""
+        view, device = self._view(hidden), hidden.device
+        rows = {need: need.row(self.call.recorded(need, device), view) for need in stage.needs}
+        place = self.past.layers[layer].place[..., : parted.apart].to(device)
+        index = torch.arange(parted.apart, device=device).expand_as(place)
+        seen, alike = Seen(rows, place >= 0, index, ()), None
+        keep = stage.select(stage.score(seen), seen, parted.number.to(device)).keep
+        chosen = (~keep).long().argsort(dim=1, stable=True)[:, : parted.most]
+        if stage.reuse is not None:
+            need, least = stage.reuse
+            chosen, alike = parted.settled(rows[need][..., 0], chosen, least)
+        real = torch.arange(parted.most, device=device) < parted.number.to(device)[:, None]
+        self.past.trace.reads.note(layer, place.gather(1, chosen).masked_fill(~real, -1), alike)
+        return chosen
+
+    def _view(self, hidden: Tensor) -> View:
+        return View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
+                    self.visibility, self.cache)  # fmt: skip
+
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
         due = [need for need in needs if not need.tower and need not in self.stream.rows]
         if due and self.stream.images:
-            view = View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
-                        self.visibility, self.cache)  # fmt: skip
+            view = self._view(hidden)
             with self.past.trace.clock.timed("score", hidden.device):
                 rows = {need: need.row(self.call.recorded(need, hidden.device), view) for need in due}
             self.stream = self.stream.observed(rows)
