@@ -23,8 +23,10 @@ class Compression:
         self.shape, tokens = self.adapter.shape(), self.adapter.tokens_per_image()
         self.method = method.bind(model, budget, tokens)
         self.needs = _needs(self.stages)
-        self.asks = {when: _needs([stage for stage in self.stages if stage.when == when]) for when in ("prefill", "decode")}
-        """The needs that a prompt with images is looked at for, and those of the steps behind it."""
+        self.step_needs = _needs(stage for stage in self.stages if stage.when == "decode")
+        """What is asked for at each step behind a prompt."""
+        self.prompt_needs = _needs(stage for stage in self.stages if stage.when == "prefill")
+        """What is asked for of a prompt with images."""
         self.running: set[int] = set()
         """The threads in whose calls it is in force."""
         self._latest, self._last = Trace(), threading.local()
@@ -61,10 +63,10 @@ class Compression:
         return any(need.reads_text for need in self.needs)
 
     def _check_sites(self) -> None:
-        if any(need.tower for need in self.asks["decode"]):
+        if any(need.tower for need in self.step_needs):
             raise ValueError(
-                f"{self.method.name} chooses anew at each decoded token, which the vision tower does not see: it takes no "
-                "@sinks, nor any other score of the tower"
+                f"{self.method.name} chooses anew at each decoded token, which the vision tower does not see: it takes "
+                "no @sinks, nor any other score of the tower"
             )
         for stage in self.stages:
             if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:

@@ -63,7 +63,9 @@ class Forward:
     @property
     def needs(self) -> tuple[Need, ...]:
         """What is to be seen of the decoder in this call."""
-        return self.compression.asks["prefill" if self.stream.images else "decode"] if self.busy else ()
+        if not self.busy:
+            return ()
+        return self.compression.prompt_needs if self.stream.images else self.compression.step_needs
 
     # -- entry ----------------------------------------------------------------------------------------------------
 
@@ -177,9 +179,7 @@ class Forward:
         self._note(stage, choice, scores)
         return choice, scores
 
-    def _note(
-        self, stage: Stage, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None
-    ) -> None:
+    def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None) -> None:
         scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
         size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
         what = choice.into, choice.gate, choice.bits, size, reads

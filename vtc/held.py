@@ -27,7 +27,6 @@ from vtc.shared import Shared
 from vtc.stream import Stream
 from vtc.trace import Trace
 
-
 OWN = (PackedLayer, PartedLayer)
 """Layers of our own, which can be `read`."""
 

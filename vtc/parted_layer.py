@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 import vtc.compact as compact
 
+
 @dataclass(frozen=True, eq=False)
 class Parting:
     """How what a layer has taken in is laid apart."""
@@ -83,10 +84,11 @@ class PartedLayer(DynamicLayer):
         if self.last is None:
             self.last = query, chosen
             return chosen, query.new_zeros(len(query), dtype=torch.bool)
-        alike = cosine_similarity(query, self.last[0]) >= least
-        pairs = zip(self.last, (query, chosen), strict=True)
-        self.last = tuple(old.where(alike[:, None], new) for old, new in pairs)  # type: ignore[assignment]
-        return self.last[1], alike
+        before, earlier = self.last
+        alike = cosine_similarity(query, before) >= least
+        settled = earlier.where(alike[:, None], chosen)
+        self.last = before.where(alike[:, None], query), settled
+        return settled, alike
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values: (batch, key_heads, length, head_dim)."""

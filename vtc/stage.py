@@ -117,8 +117,8 @@ class Stage:
     """At a cache, "decode": nothing leaves. Each later step without images chooses anew which visual tokens it reads in
     the layer, out of all that a row has, as many as `keep` of its images together; its needs see the step."""
     reuse: tuple[Need, float] | None = None
-    """At "decode": a row of the step, (rows, channels, 1). While its cosine with that of the step which chose is so high,
-    that choice holds."""
+    """At "decode": a row of the step, (rows, channels, 1). While its cosine with that of the step which chose is at
+    least so high, that choice holds."""
 
     @property
     def due(self) -> Site:

@@ -71,8 +71,8 @@ class StepQuery(Need):
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         attention = view.adapter.decoder_attention(view.adapter.layers[self.layer])
-        query, real = view.rotated(self.layer, attention.queries(record["query"])).float(), view.stream.columns.place >= 0
-        total = torch.einsum("bhnd,bn->bhd", query, real.float())
+        query, real = view.rotated(self.layer, attention.queries(record["query"])), view.stream.columns.place >= 0
+        total = torch.einsum("bhnd,bn->bhd", query.float(), real.float())
         return (total / real.sum(1).clamp(min=1)[:, None, None]).flatten(1)[..., None]
 
 
