@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import oracle
 import pytest
@@ -15,9 +16,22 @@ import vtc
 from vtc.choice import Seen
 from vtc.held import nbytes
 from vtc.methods.tokenselect import TokenSelect, votes
+from vtc.select import top_k
+from vtc.stage import Stage
 
 METHODS = {"anew": TokenSelect(alike=1.0), "again": TokenSelect(alike=0.3), "paper": TokenSelect()}
 """Thresholds at which random models choose anew at each step, now and then, and as the paper does."""
+
+
+@dataclass(frozen=True)
+class Weighed(TokenSelect):
+    """Behind a stage whose survivors count twice."""
+
+    def stages(self, shape):
+        def select(scores, seen, keep):
+            return replace(top_k(scores, seen, keep), weight=torch.full_like(scores, 2.0))
+
+        return (Stage(0, lambda seen: seen.valid.float(), select=select), *super().stages(shape))
 
 
 @pytest.fixture(params=PLAIN)
@@ -334,6 +348,6 @@ def test_what_it_cannot_do_it_says_before_the_work(llava):
         llava(**inputs, use_cache=False)
     with pytest.raises(ValueError, match="prompts can share what a method does before the decoder only"):
         vtc.prefix(llava, **inputs)
-    vtc.wrap(llava, "tome+tokenselect", 0.5)
+    vtc.wrap(llava, Weighed(), 0.5)
     with pytest.raises(ValueError, match="keys that count several times"):
         llava(**inputs)

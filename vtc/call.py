@@ -50,6 +50,11 @@ class Call:
         answer to be rated."""
         return max(0 if self.prompt is None else total - self.prompt, answering.get())
 
+    def watch(self, sees: bool, busy: bool) -> None:
+        """Begin to record what is asked for of a prompt with images, or of a step behind one; nothing if not `busy`."""
+        needs = self.compression.prompt_needs if sees else self.compression.step_needs
+        self.record = {need: {} for need in needs} if busy else {}
+
     def recorded(self, need: Need, device: torch.device) -> dict[str, Tensor]:
         """What the hooks on the decoder wrote for a need, on the prompt's device."""
         record, self.record[need] = self.record[need], {}

@@ -75,6 +75,11 @@ class Columns:
         chosen = plan(everything.flatten(0, -2), (counts + held).flatten().tolist())
         return now.kept(chosen), chosen.index.view(len(now.place), heads, -1)
 
+    def hidden_by(self, shown: Tensor) -> bool:
+        """Whether a mask (batch, columns) bool hides any of these. That waits for the device."""
+        place, shown = self.place.flatten(1), shown.to(self.place.device)
+        return bool((~shown.gather(1, place.clamp(min=0)) & (place >= 0)).any())
+
     def by_head(self, heads: int) -> Columns:
         """The same for each of a layer's key heads."""
         if self.place.ndim == 3:

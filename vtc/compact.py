@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -49,6 +50,18 @@ def gather_heads(x: Tensor, index: Tensor) -> Tensor:
     """The same of (batch, heads, length, ...), with a (batch, heads or 1, kept) index."""
     index = index.expand(-1, x.shape[1], -1).flatten(0, 1)
     return gather(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+
+
+def unpruned(outputs: Any, source: Tensor, sources: Sequence[Tensor]) -> None:
+    """Give the outputs of a text model the shape of the sequence that came in; `source` as in `Plan`, and of what each
+    layer read, too."""
+    outputs.last_hidden_state = gather(outputs.last_hidden_state, source)
+    if outputs.get("hidden_states") is not None:
+        # entry 0 is the input of layer 0, entry n the output of layer n - 1
+        outputs["hidden_states"] = tuple(
+            None if states is None else gather(states, sources[max(entry - 1, 0)])
+            for entry, states in enumerate(outputs.hidden_states)
+        )
 
 
 def change(x: Tensor, row: Tensor, position: Tensor, valid: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:

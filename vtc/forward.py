@@ -16,20 +16,20 @@ from torch import Tensor
 
 import vtc.compact as compact
 import vtc.held as held
+import vtc.steps as steps
 from vtc.call import Call
-from vtc.choice import Choice, Seen, by_head
+from vtc.choice import Choice, by_head
 from vtc.clock import Clock
 from vtc.columns import Columns
 from vtc.compression import Compression
 from vtc.features import locate, tower_rows
 from vtc.held import Held
 from vtc.need import Need
-from vtc.parted_layer import PartedLayer
 from vtc.rotary import Tables, carried
 from vtc.shared import Shared
 from vtc.stage import Cache, Site, Stage
 from vtc.stream import Stream
-from vtc.trace import StageTrace, Trace
+from vtc.trace import Trace
 from vtc.view import View
 from vtc.visibility import Visibility
 
@@ -59,13 +59,6 @@ class Forward:
     @property
     def compression(self) -> Compression:
         return self.call.compression
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """What is to be seen of the decoder in this call."""
-        if not self.busy:
-            return ()
-        return self.compression.prompt_needs if self.stream.images else self.compression.step_needs
 
     # -- entry ----------------------------------------------------------------------------------------------------
 
@@ -98,9 +91,10 @@ class Forward:
             trace = Trace(compression.shape.decoder_layers, batch, stream.batch_rows, sizes, stream.grids)
             trace.clock.passages += self.call.passages
             self.past = replace(self.past, trace=trace)
+        self.call.watch(bool(stream.images), self.busy)
         if stream.images and not self.busy:
             for stage in compression.stages:
-                self._note(stage, Choice(stream.valid))
+                self.past.trace.note(stage, stream, Choice(stream.valid))
 
     def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the text model runs: the encoder-site stages, and masks and positions of what they leave."""
@@ -169,21 +163,15 @@ class Forward:
         """What a stage chooses, and by which scores; None where there is nothing to choose."""
         stream, counts = self.stream, self._counts(number)
         if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
-            self._note(stage, Choice(stream.valid))
+            self.past.trace.note(stage, stream, Choice(stream.valid))
             return None
         clock, device, seen = self.past.trace.clock, hidden.device, stream.seen(stage.needs)
         with clock.timed("score", device):
             scores = stage.score(seen)
         with clock.timed("select", device):
             choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
-        self._note(stage, choice, scores)
+        self.past.trace.note(stage, stream, choice, scores)
         return choice, scores
-
-    def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None) -> None:
-        scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
-        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
-        what = choice.into, choice.gate, choice.bits, size, reads
-        self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
@@ -194,13 +182,15 @@ class Forward:
         if 0 < layer <= len(late):
             hidden = hidden + compact.gather(late[layer - 1], self.stream.entered).to(hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
-        self._observe([need for need in self.needs if need.before == layer], hidden)
+        self._observe([need for need in self.call.record if need.before == layer], hidden)
         for number, stage in self._stages(layer) if layer else ():
             hidden = self._run(number, stage, hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
         columns = self._keys(layer)
         self.layers.append((columns, self.stream.source))
-        columns = self._handed(layer, columns, hidden)
+        if not self.stream.images:
+            stages, reads = self.compression.stages, self.past.trace.reads
+            columns = steps.handed(stages, layer, self.cache, columns, partial(self._row, hidden), reads, self.shared)
         if not self._own(columns):
             return hidden, kwargs
         mask = self.visibility.mask(layer, columns, self.stream.length, hidden, self.cache)
@@ -211,60 +201,29 @@ class Forward:
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
+            of, counts = stage.site.layer if isinstance(stage.site, Cache) else layer, self._counts(number)
+            (now, source), before = self.layers[of], self.past.layers[of]
             if stage.when == "decode":
-                self._part(number, stage, layer)
+                self.layers[of] = held.part(self.cache, of, before, now, self.stream, counts, self.shared), source
+                self.past.trace.note(stage, self.stream, Choice(self.stream.valid), reads=torch.tensor(counts))
                 continue
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                of = stage.site.layer if isinstance(stage.site, Cache) else layer
-                (now, source), before = self.layers[of], self.past.layers[of]
-                kept = self.stream, chosen[0], self._counts(number), stage.precision
+                kept = self.stream, chosen[0], counts, stage.precision
                 self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
 
-    def _part(self, number: int, stage: Stage, layer: int) -> None:
-        """Behind a prompt: later steps are to choose what they read of a layer."""
-        (now, source), counts = self.layers[layer], self._counts(number)
-        parts = self.past.layers[layer], now, self.stream, counts, self.shared
-        self.layers[layer] = held.part(self.cache, layer, *parts), source
-        self._note(stage, Choice(self.stream.valid), reads=torch.tensor(counts))
-
-    def _handed(self, layer: int, columns: Columns, hidden: Tensor) -> Columns:
-        """What the kernel of a layer is handed of its keys: all, or in a step what that will have chosen by then."""
-        stages = [stage for stage in self.compression.stages if stage.site == Cache(layer) and stage.when == "decode"]
-        if self.stream.images or not stages or (parted := held.parted(self.cache, layer)) is None:
-            return columns
-        parted.choose = partial(self._reads, layer, stages[0], parted, hidden)
-        number = None if parted.even else parted.number
-        return self.shared(held.handed, columns, parted.apart, parted.most, number)
-
-    @torch.no_grad()
-    def _reads(self, layer: int, stage: Stage, parted: PartedLayer, hidden: Tensor) -> Tensor:
-        """The visual tokens of a layer that a step reads: (batch, most), among those that lie apart."""
-        view, device = self._view(hidden), hidden.device
-        rows = {need: need.row(self.call.recorded(need, device), view) for need in stage.needs}
-        place = self.past.layers[layer].place[..., : parted.apart].to(device)
-        index = torch.arange(parted.apart, device=device).expand_as(place)
-        seen, alike = Seen(rows, place >= 0, index, ()), None
-        keep = stage.select(stage.score(seen), seen, parted.number.to(device)).keep
-        chosen = (~keep).long().argsort(dim=1, stable=True)[:, : parted.most]
-        if stage.reuse is not None:
-            need, least = stage.reuse
-            chosen, alike = parted.settled(rows[need][..., 0], chosen, least)
-        real = torch.arange(parted.most, device=device) < parted.number.to(device)[:, None]
-        self.past.trace.reads.note(layer, place.gather(1, chosen).masked_fill(~real, -1), alike)
-        return chosen
-
-    def _view(self, hidden: Tensor) -> View:
-        return View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
+    def _row(self, hidden: Tensor, need: Need) -> Tensor:
+        """What is seen for a need; `hidden` has come out of the decoder's last layer so far."""
+        view = View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
                     self.visibility, self.cache)  # fmt: skip
+        return need.row(self.call.recorded(need, hidden.device), view)
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
         due = [need for need in needs if not need.tower and need not in self.stream.rows]
         if due and self.stream.images:
-            view = self._view(hidden)
             with self.past.trace.clock.timed("score", hidden.device):
-                rows = {need: need.row(self.call.recorded(need, hidden.device), view) for need in due}
+                rows = {need: self._row(hidden, need) for need in due}
             self.stream = self.stream.observed(rows)
 
     def _keys(self, layer: int) -> Columns:
@@ -281,13 +240,7 @@ class Forward:
     def leave_decoder(self, outputs: Any) -> None:
         """After the text model: outputs in the shape of the unpruned sequence, and the state on to the cache."""
         if not self.stream.columns.whole:
-            outputs.last_hidden_state = compact.gather(outputs.last_hidden_state, self.stream.source)
-            if outputs.get("hidden_states") is not None:
-                # entry 0 is the input of layer 0, entry n the output of layer n - 1
-                outputs["hidden_states"] = tuple(
-                    None if states is None else compact.gather(states, self.layers[max(entry - 1, 0)][1])
-                    for entry, states in enumerate(outputs.hidden_states)
-                )
+            compact.unpruned(outputs, self.stream.source, [source for _, source in self.layers])
         if outputs.past_key_values is not None:
             layers = [columns for columns, _ in self.layers] or list(map(self._keys, range(len(self.past.layers))))
             seen, tail = self.visibility.reach, self.stream.tail + (0 if self.stream.images else self.past.tail)

@@ -196,7 +196,6 @@ def _enter_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> A
     forward = Forward.of(call, kwargs)
     running.set(forward)
     kwargs = forward.enter_decoder(kwargs)
-    call.record = {need: {} for need in forward.needs}
     recording.set(call.record or None)
     return args, kwargs
 

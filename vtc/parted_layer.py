@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from transformers.cache_utils import DynamicLayer
 
 import vtc.compact as compact
+from vtc.columns import Columns
+from vtc.shared import Shared
+from vtc.stream import Stream
 
 
 @dataclass(frozen=True, eq=False)
 class Parting:
     """How what a layer has taken in is laid apart."""
 
+    columns: Columns
+    """What it holds after that: the visual tokens, and then the text."""
     taken: Tensor
     """(batch, tokens): where the visual tokens are, among the keys that do not lie apart yet."""
     stays: Tensor
@@ -28,6 +33,23 @@ class Parting:
     """The highest of these numbers, known on the host."""
     even: bool
     """Whether all rows read as many."""
+
+    @classmethod
+    def of(cls, before: Columns, now: Columns, stream: Stream, apart: int, counts: tuple[int, ...]) -> Parting:
+        """Of a layer that held `before`, whose first `apart` keys lie apart already, and then took in a stream, which
+        made it `now`. Steps are to read `counts` tokens of each image."""
+        lengths, reads = [0] * len(stream.lengths), [0] * len(stream.lengths)
+        for row, left, count in zip(stream.batch_rows, stream.counts, counts, strict=True):
+            lengths[row] += left
+            reads[row] += count
+        plain, text = now.among(apart), stream.stays(torch.zeros_like(stream.valid))
+        visual = F.pad((stream.columns.place >= 0) & ~text, (before.length - apart, 0))
+        taken = compact.plan(visual, lengths)
+        others = [row - images for row, images in zip(stream.lengths, lengths, strict=True)]
+        rest, stays = plain.staying(before.among(apart), text, others)
+        columns = now.among(0, apart).then(plain.kept(taken)).then(rest)
+        number = torch.tensor(reads).to(visual.device, non_blocking=True)
+        return cls(columns, taken.index, stays[:, 0], number, max(reads), min(reads) == max(reads))
 
 
 Choose = Callable[[], Tensor]
@@ -60,7 +82,8 @@ class PartedLayer(DynamicLayer):
         if type(layer) is not cls:
             layer.__class__ = cls
             layer.visual = layer.keys[:, :, :0], layer.values[:, :, :0]
-            layer.number, layer.most, layer.even = layer.keys.new_zeros(len(layer.keys), dtype=torch.long), 0, True
+            layer.number = torch.zeros(len(layer.keys), dtype=torch.long, device=layer.device)
+            layer.most, layer.even = 0, True
         layer.last = layer.choose = None
         return layer
 
@@ -68,15 +91,30 @@ class PartedLayer(DynamicLayer):
     def apart(self) -> int:
         return self.visual[0].shape[2]
 
-    def part(self, how: Parting) -> None:
-        """Lay visual tokens beside those that lie apart."""
-        plain, before = (self.keys, self.values), self.visual
+    @property
+    def handed(self) -> int:
+        """How many of its keys the kernel gets in the step that is running."""
+        return super().get_seq_length() + (self.apart if self.choose is None else self.most)
+
+    def part(self, before: Columns, now: Columns, stream: Stream, counts: tuple[int, ...], shared: Shared) -> Columns:
+        """Lay the visual tokens of a stream beside those that lie apart: see `Parting.of`. Returns what is held then.
+
+        Raises ValueError for keys that count several times, or differ by head.
+        """
+        if now.weight is not None or now.place.ndim == 3:
+            raise ValueError(
+                "keys that count several times, or that differ by head, cannot be chosen anew at each step: take a "
+                "method that only drops before this one, and a new cache"
+            )
+        how: Parting = shared(Parting.of, before, now, stream, self.apart, counts)
+        plain, apart = (self.keys, self.values), self.visual
         taken = [compact.gather_heads(x, how.taken[:, None]) for x in plain]
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(before, taken, strict=True))
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(apart, taken, strict=True))
         self.visual = keys, values
         self.keys, self.values = (compact.gather_heads(x, how.stays[:, None]) for x in plain)
         self.number = self.number + how.number if self.most else how.number
         self.most, self.even = self.most + how.most, self.even and how.even
+        return how.columns
 
     def settled(self, query: Tensor, chosen: Tensor, least: float) -> tuple[Tensor, Tensor]:
         """The choice of an earlier step in each row where `query` (batch, channels) is alike, else the one that was
@@ -85,7 +123,7 @@ class PartedLayer(DynamicLayer):
             self.last = query, chosen
             return chosen, query.new_zeros(len(query), dtype=torch.bool)
         before, earlier = self.last
-        alike = cosine_similarity(query, before) >= least
+        alike = F.cosine_similarity(query, before) >= least
         settled = earlier.where(alike[:, None], chosen)
         self.last = before.where(alike[:, None], query), settled
         return settled, alike
@@ -110,10 +148,6 @@ class PartedLayer(DynamicLayer):
             for visual, x in zip(self.visual, plain, strict=True)
         )
         return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        beside = self.apart if self.choose is None else self.most
-        return beside + super().get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.apart + super().get_seq_length()

@@ -100,14 +100,6 @@ class Stream:
         return [image.first // self.source.shape[1] for image in self.images]
 
     @property
-    def visual_lengths(self) -> list[int]:
-        """How many visual tokens are left of each row."""
-        lengths = [0] * len(self.lengths)
-        for row, count in zip(self.batch_rows, self.counts, strict=True):
-            lengths[row] += count
-        return lengths
-
-    @property
     def text_after_images(self) -> int:
         """Tokens that follow a row's first image and are no image's, in the row that has most; padding is counted."""
         first: dict[int, int] = {}

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtc.choice import Choice
 from vtc.clock import Clock
 from vtc.grids import Grid
-from vtc.stage import Cache, Site
+from vtc.stage import Cache, Site, Stage
+from vtc.stream import Stream
 
 
 @dataclass
@@ -79,6 +81,14 @@ class Trace:
     stages: list[StageTrace] = field(default_factory=list)
     reads: Reads = field(default_factory=Reads)
     clock: Clock = field(default_factory=Clock)
+
+    def note(
+        self, stage: Stage, stream: Stream, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None
+    ) -> None:
+        """What a stage chose of a stream."""
+        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
+        scores, what = None if scores is None else scores.detach(), (choice.into, choice.gate, choice.bits, size, reads)
+        self.stages.append(StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, *what))
 
     def alive(self, layer: int) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""

@@ -80,7 +80,9 @@ class View:
     def apart(self, layer: int) -> Tensor:
         """Keys, rotated, of the visual tokens that a step chooses from in a decoder layer: (batch, key_heads, tokens,
         head_dim)."""
-        return self.cache.layers[layer].visual[0]
+        parted = held.parted(self.cache, layer)
+        assert parted is not None
+        return parted.visual[0]
 
     def rows(self, layer: int, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         """Attention that the tokens at `positions` (batch, queries) pay in decoder layer `layer`.
