@@ -72,7 +72,7 @@ class Row(TypedDict):
     after_prefill: NotRequired[bool]
     """True where the method saves memory and decoding, and not the first token."""
     holds_all: NotRequired[bool]
-    """True where it saves bytes that a decoded token reads, neither memory nor the first token: instead of the one above."""
+    """Instead of that: True where it saves bytes that a decoded token reads, neither memory nor the first token."""
     held: NotRequired[float]
     """This and the next two: means of the bytes in `Line`, in bytes.json."""
     read: NotRequired[float]

@@ -107,11 +107,10 @@ class PartedLayer(DynamicLayer):
                 "method that only drops before this one, and a new cache"
             )
         how: Parting = shared(Parting.of, before, now, stream, self.apart, counts)
-        plain, apart = (self.keys, self.values), self.visual
-        taken = [compact.gather_heads(x, how.taken[:, None]) for x in plain]
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(apart, taken, strict=True))
+        taken = [compact.gather_heads(x, how.taken[:, None]) for x in (self.keys, self.values)]
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(self.visual, taken, strict=True))
         self.visual = keys, values
-        self.keys, self.values = (compact.gather_heads(x, how.stays[:, None]) for x in plain)
+        self.values, self.keys = (compact.gather_heads(x, how.stays[:, None]) for x in (self.values, self.keys))
         self.number = self.number + how.number if self.most else how.number
         self.most, self.even = self.most + how.most, self.even and how.even
         return how.columns
