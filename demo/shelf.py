@@ -11,7 +11,7 @@ import torch
 
 from vtc.clock import Clock
 from vtc.stage import Budget, Method
-from vtc.trace import Trace
+from vtc.trace import Reads, Trace
 
 LIMIT = 64 * 2**20
 """Bytes of all that is remembered."""
@@ -70,9 +70,9 @@ class Shelf:
 
 
 def _light(trace: Trace) -> Trace:
-    """On the CPU, with no view that holds more than itself, and without the clock."""
+    """On the CPU, with no view that holds more than itself, and without the clock and what steps read."""
     stages = [
         replace(stage, **{k: x.cpu().clone() for k, x in vars(stage).items() if isinstance(x, torch.Tensor)})
         for stage in trace.stages
     ]
-    return replace(trace, stages=stages, clock=Clock())
+    return replace(trace, stages=stages, reads=Reads(), clock=Clock())

@@ -14,6 +14,7 @@ from vtc.demo.media import Picture, data_url
 from vtc.eval.images import seen_box
 from vtc.eval.reader import Reader
 from vtc.grids import Grid
+from vtc.stage import Cache
 
 
 def pictures(reader: Reader, shown: tuple[Picture, ...], trace: Trace) -> list[dict[str, Any]]:
@@ -52,6 +53,7 @@ def fates(trace: Trace) -> dict[str, Any]:
 
     "left" holds for each token the decoder layer before which it left, None where it stayed; "into" the token that
     took it in, or None; "stages" the layer and the scores of the tokens that entered, None for the others.
+    What leaves a cache has been read by every layer: stages there are left out.
     """
     total = sum(trace.sizes)
     first = torch.tensor([0, *accumulate(trace.sizes)][:-1])[:, None]
@@ -59,6 +61,8 @@ def fates(trace: Trace) -> dict[str, Any]:
     into: list[int | None] = [None] * total
     stages = []
     for stage in trace.stages:
+        if isinstance(stage.site, Cache):
+            continue
         valid, places = stage.valid.cpu(), stage.entered.cpu() + first
         gone = valid & ~stage.kept.cpu()
         for token in places[gone].tolist():

@@ -10,7 +10,7 @@ import numpy as np
 
 from vtc.eval import report
 from vtc.methods.compose import find_method
-from vtc.stage import Cache, Shape
+from vtc.stage import Cache, Shape, Stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,19 +45,18 @@ class Spent(NamedTuple):
 def mark(rows: Sequence[Row], named: Mapping[str, str | Method] = MappingProxyType({})) -> None:
     """Say of rows which methods save nothing before the first token; `named` has those that are no names, by theirs."""
     names = {row["method"] for row in rows}.difference(UNMARKED)
-    late = {name: after_prefill(named.get(name, name)) for name in names}
+    sites = {name: _stages(named.get(name, name)) for name in names}
     for row in rows:
-        if late.get(row["method"]):
-            row["after_prefill"] = True
+        stages = sites.get(row["method"], ())
+        if stages and all(isinstance(stage.site, Cache) for stage in stages):
+            row["holds_all" if all(stage.when == "decode" for stage in stages) else "after_prefill"] = True
 
 
 UNMARKED = (*report.ALWAYS, "smaller-image")
 
 
-def after_prefill(method: str | Method) -> bool:
-    """Whether all that a method does, it does to the cache of a prefill that was as it would have been."""
-    stages = find_method(method).stages(Shape(decoder_layers=1024, tower_layers=1024, key_heads=8))
-    return all(isinstance(stage.site, Cache) for stage in stages)
+def _stages(method: str | Method) -> tuple[Stage, ...]:
+    return find_method(method).stages(Shape(decoder_layers=1024, tower_layers=1024, key_heads=8))
 
 
 def priced(rows: Sequence[Row], groups: Sequence[Group]) -> list[Row]:

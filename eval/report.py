@@ -153,16 +153,24 @@ def written(budget: Budget) -> str:
 def named(row: Row) -> str:
     """A row's method, of a file its name alone, marked where it saves nothing before the first token."""
     method = row["method"]
-    return (Path(method).stem if method.endswith(".json") else method) + (" †" if row.get("after_prefill") else "")
+    mark = " †" if row.get("after_prefill") else " ‡" if row.get("holds_all") else ""
+    return (Path(method).stem if method.endswith(".json") else method) + mark
 
 
 def footnote(rows: Sequence[Row]) -> list[str]:
-    """What that mark means, where there is one."""
-    marked = any(row.get("after_prefill") for row in rows)
-    return [LATE, "(that is the full model's: answers of one token say nothing about it)"] if marked else []
+    """What the marks mean, where there are any."""
+    marks = legend(rows)
+    return [*marks, "(that is the full model's: answers of one token say nothing about it)"] if marks else []
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """A line for each mark."""
+    late, anew = (any(row.get(name) for row in rows) for name in ("after_prefill", "holds_all"))
+    return [LATE] * late + [ANEW] * anew
 
 
 LATE = "† saves memory and decoding, not the first token"
+ANEW = "‡ saves bytes that a decoded token reads, neither memory nor the first token"
 
 
 def table(rows: list[Row]) -> Table:
@@ -283,8 +291,8 @@ def picture(
         axes.plot(tokens, accuracy, "x", color=colour, markersize=6, zorder=2)
     if published:
         axes.plot([], [], "x", color="0.3", label="published")
-    if footnote(rows):
-        axes.plot([], [], " ", label=LATE.replace(", ", ",\n"))
+    for mark in legend(rows):
+        axes.plot([], [], " ", label=mark.replace(", ", ",\n"))
     hollow = any(not row["reachable"] for row in rows if row["method"] in coloured)
     _dress(axes, rows, title, AXES[per], hollow)
     figure.savefig(path)

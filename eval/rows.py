@@ -71,6 +71,8 @@ class Row(TypedDict):
     by_task: dict[str, float]
     after_prefill: NotRequired[bool]
     """True where the method saves memory and decoding, and not the first token."""
+    holds_all: NotRequired[bool]
+    """Instead of that: True where it saves bytes that a decoded token reads, neither memory nor the first token."""
     held: NotRequired[float]
     """This and the next two: means of the bytes in `Line`, in bytes.json."""
     read: NotRequired[float]

@@ -186,7 +186,14 @@ class Vtc(lmms):
 
         The mean, and negative, because lmms-eval's tasks take the smallest for the best, as its own models give it. It
         makes strings of bare pairs, but not of what a `GenerationResult` holds.
+
+        Raises ValueError for a method that chooses anew at each step: an answer is rated in one.
         """
+        if self.reader.model.vtc.compression.selects:
+            raise ValueError(
+                f"{self.arm[0]} chooses at each decoded token what it reads, and an answer is rated in one step: take "
+                "tasks that generate their answers"
+            )
         return self._all(requests, self._rated)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:

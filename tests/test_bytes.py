@@ -105,6 +105,19 @@ def test_what_saves_nothing_before_the_first_token_is_marked(finished, table):
     assert "†" not in console.export_text()
 
 
+@pytest.mark.parametrize("table", [report.table, memory.table])
+def test_what_saves_no_memory_either_has_a_mark_of_its_own(finished, table):
+    rows = [row for row in json.loads((finished / "both" / "bytes.json").read_text()) if row["method"] == "vtc-cls"]
+    rows = [{**row, "method": method} for row in rows for method in ("tokenselect", "vtc-cls+tokenselect")]
+    memory.mark(rows)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(rows))
+    text = console.export_text()
+    assert "‡ saves bytes that a decoded token reads, neither memory nor the first token" in " ".join(text.split())
+    assert "tokenselect ‡" in text
+    assert "†" not in text
+
+
 def test_the_legend_says_so_too(finished, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

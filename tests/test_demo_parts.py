@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,16 @@ SUMMARY = Path(scenes.__file__).parent / "results/scenes/summary.json"
 def test_hand_picked_keeps_exactly_these(reader, tokens):
     pair = last(reader, asked(HandPicked(tokens), None))
     assert tuple(pair.trace.kept()[0].tolist()) == tokens
+
+
+@pytest.mark.parametrize("method", ["tokenselect", "random-kv", "bits"])
+def test_what_acts_on_the_cache_leaves_every_token_on_the_board(reader, method):
+    pair = last(reader, asked(method))
+    fate = json.loads(json.dumps(fates(pair.trace)))
+    assert fate["left"] == [None] * 144
+    assert fate["stages"] == []
+    assert pair.compressed.tokens == pytest.approx(pair.trace.average_tokens.item())
+    assert (pair.compressed.kv_bytes >= pair.full.kv_bytes) == (method == "tokenselect")
 
 
 @pytest.mark.parametrize("family", [models.idefics3, models.llava_next, models.qwen2_vl])

@@ -56,7 +56,7 @@ def test_arrows_point_one_way():
 def test_rooms_have_a_size():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: count for name, count in lines.items() if count > 250} == {}
-    assert sum(lines[name] for name in CORE) <= 4600
+    assert sum(lines[name] for name in CORE) <= 5000
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -56,6 +56,7 @@ def test_where_tokens_leave():
     assert where("fastv") == "layer 2 of 32"
     assert where("vflowopt") == "before the decoder; layers 10, 21 of 32"
     assert where("random-kv") == "the cache of each layer"
+    assert where("tokenselect") == "the cache of each layer, of which each token reads a part"
     assert where("vtc-cls+fastv+random-kv") == "before the decoder; layer 2 of 32; the cache of each layer"
 
 

@@ -133,6 +133,9 @@ def test_choices_by_likelihood(model, data, tmp_path):
             [likelihood(model, r) for r in requests], rel=1e-4
         )
         assert len({round(found.text[0], 4) for found in together}) > 6
+    model.use("tokenselect", 0.5)
+    with pytest.raises(ValueError, match="an answer is rated in one step"):
+        model.loglikelihood(requests)
     model.use("uniform", 1.0)
     del model.is_simple
     rows = suites.evaluate(suites.Settings(("seedbench_ppl",), limit=4, **ARMS), tmp_path / "run")["seedbench_ppl"]

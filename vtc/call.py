@@ -40,9 +40,6 @@ class Call:
     """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
     started: Moment = 0.0
 
-    def __post_init__(self) -> None:
-        self.record = {need: {} for need in self.compression.needs}
-
     @property
     def generates(self) -> bool:
         """Whether generate() makes this call."""
@@ -52,6 +49,11 @@ class Call:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
         answer to be rated."""
         return max(0 if self.prompt is None else total - self.prompt, answering.get())
+
+    def watch(self, sees: bool, busy: bool) -> None:
+        """Begin to record what is asked for of a prompt with images, or of a step behind one; nothing if not `busy`."""
+        needs = self.compression.prompt_needs if sees else self.compression.step_needs
+        self.record = {need: {} for need in needs} if busy else {}
 
     def recorded(self, need: Need, device: torch.device) -> dict[str, Tensor]:
         """What the hooks on the decoder wrote for a need, on the prompt's device."""

@@ -75,6 +75,11 @@ class Columns:
         chosen = plan(everything.flatten(0, -2), (counts + held).flatten().tolist())
         return now.kept(chosen), chosen.index.view(len(now.place), heads, -1)
 
+    def hidden_by(self, shown: Tensor) -> bool:
+        """Whether a mask (batch, columns) bool hides any of these. That waits for the device."""
+        place, shown = self.place.flatten(1), shown.to(self.place.device)
+        return bool((~shown.gather(1, place.clamp(min=0)) & (place >= 0)).any())
+
     def by_head(self, heads: int) -> Columns:
         """The same for each of a layer's key heads."""
         if self.place.ndim == 3:
@@ -83,7 +88,11 @@ class Columns:
 
     def cropped(self, count: int) -> Columns:
         """Without the last `count`."""
-        return self._each(lambda x: x[..., : self.length - count])
+        return self.among(0, self.length - count)
+
+    def among(self, start: int, end: int | None = None) -> Columns:
+        """Those from the place `start` to `end` in the sequence."""
+        return self._each(lambda x: x[..., start:end])
 
     def rows(self, index: Tensor) -> Columns:
         """Other rows of the batch."""

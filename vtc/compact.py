@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -47,8 +49,22 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 
 def gather_heads(x: Tensor, index: Tensor) -> Tensor:
     """The same of (batch, heads, length, ...), with a (batch, heads or 1, kept) index."""
-    index = index.expand(-1, x.shape[1], -1).flatten(0, 1)
-    return gather(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+    batch, heads, length = x.shape[:3]
+    first = length * torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
+    index = index.to(x.device) + first  # copying whole rows is several times as fast as gathering elements
+    return x.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, *x.shape[3:])
+
+
+def unpruned(outputs: Any, source: Tensor, sources: Sequence[Tensor]) -> None:
+    """Give the outputs of a text model the shape of the sequence that came in; `source` as in `Plan`, and of what each
+    layer read, too."""
+    outputs.last_hidden_state = gather(outputs.last_hidden_state, source)
+    if outputs.get("hidden_states") is not None:
+        # entry 0 is the input of layer 0, entry n the output of layer n - 1
+        outputs["hidden_states"] = tuple(
+            None if states is None else gather(states, sources[max(entry - 1, 0)])
+            for entry, states in enumerate(outputs.hidden_states)
+        )
 
 
 def change(x: Tensor, row: Tensor, position: Tensor, valid: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import vtc.adapter as adapters
 from vtc.budget import check_budget, counts
+from vtc.need import Need
 from vtc.stage import Budget, Cache, Method, Stage
 from vtc.trace import Trace
 
@@ -20,7 +22,11 @@ class Compression:
         self.adapter, self.budget = adapters.find(model), budget
         self.shape, tokens = self.adapter.shape(), self.adapter.tokens_per_image()
         self.method = method.bind(model, budget, tokens)
-        self.needs = tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs))
+        self.needs = _needs(self.stages)
+        self.step_needs = _needs(stage for stage in self.stages if stage.when == "decode")
+        """What is asked for at each step behind a prompt."""
+        self.prompt_needs = _needs(stage for stage in self.stages if stage.when == "prefill")
+        """What is asked for of a prompt with images."""
         self.running: set[int] = set()
         """The threads in whose calls it is in force."""
         self._latest, self._last = Trace(), threading.local()
@@ -31,9 +37,14 @@ class Compression:
             )
         for need in self.needs:
             need.modules(self.adapter)  # raises where the model has no such thing
-        self._check_windows()
+        self._check_sites()
         if tokens is not None:
             self.keep(tokens)  # raises where the budget is out of reach
+
+    @property
+    def selects(self) -> bool:
+        """Whether each step chooses anew what it reads."""
+        return any(stage.when == "decode" for stage in self.stages)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: stages are made anew, traces and running calls stay behind."""
@@ -51,12 +62,17 @@ class Compression:
         """Whether what stays of an image depends on the text of its prompt."""
         return any(need.reads_text for need in self.needs)
 
-    def _check_windows(self) -> None:
+    def _check_sites(self) -> None:
+        if any(need.tower for need in self.step_needs):
+            raise ValueError(
+                f"{self.method.name} chooses anew at each decoded token, which the vision tower does not see: it takes "
+                "no @sinks, nor any other score of the tower"
+            )
         for stage in self.stages:
             if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:
                 raise ValueError(
-                    f"{self.method.name} drops from the cache of decoder layer {stage.site.layer}, which has a sliding "
-                    "window and forgets by itself: take a method that drops before the decoder or within it"
+                    f"{self.method.name} works on the cache of decoder layer {stage.site.layer}, which has a "
+                    "sliding window and forgets by itself: take a method that drops before the decoder or within it"
                 )
 
     @property
@@ -70,3 +86,8 @@ class Compression:
     def keep(self, tokens: int) -> tuple[float, ...]:
         """How many of an image's `tokens` stay after each stage: see `counts`."""
         return counts(self.method, tokens, self.budget, self.shape)
+
+
+def _needs(stages: Iterable[Stage]) -> tuple[Need, ...]:
+    """What they ask for, each once."""
+    return tuple(dict.fromkeys(need for stage in stages for need in stage.needs))

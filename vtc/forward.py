@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import vtc.compact as compact
 import vtc.held as held
+import vtc.steps as steps
 from vtc.call import Call
 from vtc.choice import Choice, by_head
 from vtc.clock import Clock
@@ -27,7 +29,7 @@ from vtc.rotary import Tables, carried
 from vtc.shared import Shared
 from vtc.stage import Cache, Site, Stage
 from vtc.stream import Stream
-from vtc.trace import StageTrace, Trace
+from vtc.trace import Trace
 from vtc.view import View
 from vtc.visibility import Visibility
 
@@ -89,9 +91,10 @@ class Forward:
             trace = Trace(compression.shape.decoder_layers, batch, stream.batch_rows, sizes, stream.grids)
             trace.clock.passages += self.call.passages
             self.past = replace(self.past, trace=trace)
+        self.call.watch(bool(stream.images), self.busy)
         if stream.images and not self.busy:
             for stage in compression.stages:
-                self._note(stage, Choice(stream.valid))
+                self.past.trace.note(stage, stream, Choice(stream.valid))
 
     def enter_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the text model runs: the encoder-site stages, and masks and positions of what they leave."""
@@ -160,21 +163,15 @@ class Forward:
         """What a stage chooses, and by which scores; None where there is nothing to choose."""
         stream, counts = self.stream, self._counts(number)
         if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
-            self._note(stage, Choice(stream.valid))
+            self.past.trace.note(stage, stream, Choice(stream.valid))
             return None
         clock, device, seen = self.past.trace.clock, hidden.device, stream.seen(stage.needs)
         with clock.timed("score", device):
             scores = stage.score(seen)
         with clock.timed("select", device):
             choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
-        self._note(stage, choice, scores)
+        self.past.trace.note(stage, stream, choice, scores)
         return choice, scores
-
-    def _note(self, stage: Stage, choice: Choice, scores: Tensor | None = None) -> None:
-        scores, place = None if scores is None else scores.detach(), (self.stream.index, self.stream.valid)
-        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
-        what = choice.into, choice.gate, choice.bits, size
-        self.past.trace.stages.append(StageTrace(stage.site, *place, choice.keep, scores, *what))
 
     # -- between the decoder's layers -----------------------------------------------------------------------------
 
@@ -185,12 +182,15 @@ class Forward:
         if 0 < layer <= len(late):
             hidden = hidden + compact.gather(late[layer - 1], self.stream.entered).to(hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
-        self._observe([need for need in self.compression.needs if need.before == layer], hidden)
+        self._observe([need for need in self.call.record if need.before == layer], hidden)
         for number, stage in self._stages(layer) if layer else ():
             hidden = self._run(number, stage, hidden)
         self.tables[layer] = carried(tables, self.entry, self.stream, self.shared)
         columns = self._keys(layer)
         self.layers.append((columns, self.stream.source))
+        if not self.stream.images:
+            stages, reads = self.compression.stages, self.past.trace.reads
+            columns = steps.handed(stages, layer, self.cache, columns, partial(self._row, hidden), reads, self.shared)
         if not self._own(columns):
             return hidden, kwargs
         mask = self.visibility.mask(layer, columns, self.stream.length, hidden, self.cache)
@@ -201,21 +201,29 @@ class Forward:
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         """What the stages that are due behind a layer leave of keys and values; the stream goes on as it is."""
         for number, stage in self._stages(Cache(layer)):
+            of, counts = stage.site.layer if isinstance(stage.site, Cache) else layer, self._counts(number)
+            (now, source), before = self.layers[of], self.past.layers[of]
+            if stage.when == "decode":
+                self.layers[of] = held.part(self.cache, of, before, now, self.stream, counts, self.shared), source
+                self.past.trace.note(stage, self.stream, Choice(self.stream.valid), reads=torch.tensor(counts))
+                continue
             self._observe(stage.needs, hidden)
             if (chosen := self._choose(number, stage, hidden)) is not None:
-                of = stage.site.layer if isinstance(stage.site, Cache) else layer
-                (now, source), before = self.layers[of], self.past.layers[of]
-                kept = self.stream, chosen[0], self._counts(number), stage.precision
+                kept = self.stream, chosen[0], counts, stage.precision
                 self.layers[of] = held.keep(self.cache, of, before, now, *kept), source
+
+    def _row(self, hidden: Tensor, need: Need) -> Tensor:
+        """What is seen for a need; `hidden` has come out of the decoder's last layer so far."""
+        view = View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
+                    self.visibility, self.cache)  # fmt: skip
+        return need.row(self.call.recorded(need, hidden.device), view)
 
     def _observe(self, needs: Sequence[Need], hidden: Tensor) -> None:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
         due = [need for need in needs if not need.tower and need not in self.stream.rows]
         if due and self.stream.images:
-            view = View(self.compression.adapter, self.stream, hidden, self.ahead, self.tables, self.past.layers,
-                        self.visibility, self.cache)  # fmt: skip
             with self.past.trace.clock.timed("score", hidden.device):
-                rows = {need: need.row(self.call.recorded(need, hidden.device), view) for need in due}
+                rows = {need: self._row(hidden, need) for need in due}
             self.stream = self.stream.observed(rows)
 
     def _keys(self, layer: int) -> Columns:
@@ -232,13 +240,7 @@ class Forward:
     def leave_decoder(self, outputs: Any) -> None:
         """After the text model: outputs in the shape of the unpruned sequence, and the state on to the cache."""
         if not self.stream.columns.whole:
-            outputs.last_hidden_state = compact.gather(outputs.last_hidden_state, self.stream.source)
-            if outputs.get("hidden_states") is not None:
-                # entry 0 is the input of layer 0, entry n the output of layer n - 1
-                outputs["hidden_states"] = tuple(
-                    None if states is None else compact.gather(states, self.layers[max(entry - 1, 0)][1])
-                    for entry, states in enumerate(outputs.hidden_states)
-                )
+            compact.unpruned(outputs, self.stream.source, [source for _, source in self.layers])
         if outputs.past_key_values is not None:
             layers = [columns for columns, _ in self.layers] or list(map(self._keys, range(len(self.past.layers))))
             seen, tail = self.visibility.reach, self.stream.tail + (0 if self.stream.images else self.past.tail)

@@ -20,7 +20,9 @@ import vtc.compact as compact
 from vtc.choice import Choice
 from vtc.columns import Columns
 from vtc.packed_layer import PackedLayer
+from vtc.parted_layer import PartedLayer
 from vtc.precision import Precision
+from vtc.shared import Shared
 from vtc.stream import Stream
 from vtc.trace import Trace
 
@@ -55,13 +57,11 @@ class Held:
         a pruned cache, which holds it still. That waits for the device."""
         if not self.pruned or shown.shape[1] != self.seen:
             return
-        for columns in {id(columns): columns for columns in self.layers}.values():
-            place = columns.place.flatten(1)
-            if bool((~shown.gather(1, place.clamp(min=0).to(shown.device)) & (place >= 0).to(shown.device)).any()):
-                raise ValueError(
-                    "the attention mask hides tokens that it showed when they went into this pruned cache: start again "
-                    "from the prompt"
-                )
+        if any(columns.hidden_by(shown) for columns in {id(columns): columns for columns in self.layers}.values()):
+            raise ValueError(
+                "the attention mask hides tokens that it showed when they went into this pruned cache: start again "
+                "from the prompt"
+            )
 
     def _as_cropped(self, held: int) -> Held:
         count = self.layers[0].length - held
@@ -151,7 +151,7 @@ def held_length(cache: Any, layer: int = 0) -> int:
 def nbytes(cache: Any) -> int:
     """Bytes of the keys and values that all layers of a cache hold, and of what it takes to read packed ones."""
     layers = [layer for layer in cache.layers if layer.is_initialized]
-    parts = ([layer] if isinstance(layer, PackedLayer) else [layer.keys, layer.values] for layer in layers)
+    parts = ([layer] if hasattr(layer, "nbytes") else [layer.keys, layer.values] for layer in layers)
     return sum(x.nbytes for part in parts for x in part)
 
 
@@ -161,13 +161,14 @@ def is_static(cache: Any) -> bool:
 
 def sizes(cache: Any, layer: int, new: int) -> tuple[int, int]:
     """How many keys a layer's kernel is handed with `new` more of them, and the number of the first one."""
-    return (new, 0) if cache is None else cache.get_mask_sizes(new, layer)
+    held = parted(cache, layer)
+    return (new, 0) if cache is None else (held.handed + new, 0) if held else cache.get_mask_sizes(new, layer)
 
 
 def keys(cache: Any, layer: int, count: int) -> Tensor:
     """The first `count` keys of a layer: (batch, key_heads, count, head_dim). Raises ValueError where it has not."""
     held = cache.layers[layer]
-    if isinstance(held, PackedLayer):
+    if isinstance(held, PackedLayer | PartedLayer):
         return held.read()[0][:, :, :count]
     if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
         raise ValueError(
@@ -213,16 +214,8 @@ def evict(cache: Any, layer: int, before: Columns, now: Columns, stays: Tensor, 
     return kept
 
 
-def keep(
-    cache: Any,
-    layer: int,
-    before: Columns,
-    now: Columns,
-    stream: Stream,
-    choice: Choice,
-    counts: list[Any],
-    precision: Precision | None,
-) -> Columns:
+def keep(cache: Any, layer: int, before: Columns, now: Columns, stream: Stream, choice: Choice, counts: list[Any],
+         precision: Precision | None) -> Columns:  # fmt: skip
     """Leave of a `stream`, which a layer of a cache has just taken in, what was chosen; what it holds after that.
 
     `counts` visual tokens of each image are left, or all of them at fewer bits. The rest as in `evict`.
@@ -234,16 +227,22 @@ def keep(
     held = packable(cache, layer)
     if cache.offloading:
         raise ValueError("a cache that is offloaded cannot be packed: keep it on the model's device")
-    if held.dtype.itemsize * 8 != precision.native:
-        raise ValueError(
-            f"the cache is {held.dtype}, and the model had {precision.native} bits a number: wrap it again"
-        )
-    heads, reach = held.keys.shape[1], None
-    place = now.by_head(heads).place - stream.start
-    bits = stream.graded(choice.bits).expand(-1, heads, -1).gather(2, place.clamp(min=0)).masked_fill(place < 0, 0)
-    if precision.reach is not None:
-        reach = torch.ones(len(bits), heads * precision.head_dim, device=bits.device)
-        reach[stream.row] = stream.rows[precision.reach][..., 0]
-        reach = reach.view(len(bits), heads, -1)
-    PackedLayer.made_of(held).pack(bits, precision, reach)
+    PackedLayer.made_of(held).take(now, stream, choice.bits, precision)
     return now
+
+
+def part(
+    cache: Any, layer: int, before: Columns, now: Columns, stream: Stream, counts: list[int], shared: Shared
+) -> Columns:
+    """Lay the visual tokens of a `stream`, which a layer of a cache has just taken in, apart, so that later steps read
+    `counts` of each image's, all images of a row together; what it holds after that. The rest as in `evict`."""
+    held = cache.layers[layer] if parted(cache, layer) else evictable(cache, layer)
+    if cache.offloading:
+        raise ValueError("a cache that is offloaded cannot be read in part: keep it on the model's device")
+    return PartedLayer.made_of(held).part(before, now, stream, tuple(counts), shared)
+
+
+def parted(cache: Any, layer: int) -> PartedLayer | None:
+    """A layer whose visual tokens a step can read in part; None where it is no such layer."""
+    held = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+    return held if isinstance(held, PartedLayer) else None

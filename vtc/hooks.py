@@ -104,6 +104,12 @@ class Hooks(InForce):
         given = kwargs.get("generation_config") or self.model.generation_config
         if _sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
             raise ValueError("a wrapped model reads a prompt with images whole: leave prefill_chunk_size out")
+        guesses = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        if self.compression.selects and any(kwargs.get(name, getattr(given, name, None)) for name in guesses):
+            raise ValueError(
+                f"{self.compression.method.name} chooses for each token what it reads, and assisted generation reads "
+                "several at once, which would give another answer: generate without it"
+            )
         config = kwargs.get("compile_config") or getattr(given, "compile_config", None)
         if config is not None and config.fullgraph:
             warnings.warn("a wrapped model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
@@ -190,7 +196,7 @@ def _enter_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> A
     forward = Forward.of(call, kwargs)
     running.set(forward)
     kwargs = forward.enter_decoder(kwargs)
-    recording.set(call.record if forward.busy and forward.stream.images else None)
+    recording.set(call.record or None)
     return args, kwargs
 
 

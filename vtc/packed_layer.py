@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import vtc.compact as compact
+from vtc.columns import Columns
 from vtc.packed import Packed, order
 from vtc.precision import Precision
+from vtc.stream import Stream
 
 
 class PackedLayer(DynamicLayer):
@@ -39,6 +41,22 @@ class PackedLayer(DynamicLayer):
     def plain(self) -> tuple[Tensor, Tensor]:
         """The keys and values that are not packed."""
         return self.keys, self.values
+
+    def take(self, now: Columns, stream: Stream, bits: Tensor, precision: Precision) -> None:
+        """Pack of a stream, which it has just taken in, visual tokens at `bits` (images, [key_heads,] tokens); it holds
+        the columns `now`. Raises ValueError where the model computes with another number of bits."""
+        if self.dtype.itemsize * 8 != precision.native:
+            raise ValueError(
+                f"the cache is {self.dtype}, and the model had {precision.native} bits a number: wrap it again"
+            )
+        heads, reach = self.level.shape[1], None
+        place = now.by_head(heads).place - stream.start
+        own = stream.graded(bits).expand(-1, heads, -1).gather(2, place.clamp(min=0)).masked_fill(place < 0, 0)
+        if precision.reach is not None:
+            reach = torch.ones(len(own), heads * precision.head_dim, device=own.device)
+            reach[stream.row] = stream.rows[precision.reach][..., 0]
+            reach = reach.view(len(own), heads, -1)
+        self.pack(own, precision, reach)
 
     def pack(self, bits: Tensor, precision: Precision, reach: Tensor | None) -> None:
         """Hold what `bits` (batch, key_heads, length) are not 0 of at these."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Shape:
 class Cache:
     """The site behind a prefill: decoder layer `layer` has run, and its cache gives keys and values back.
 
-    So what is saved is memory and decoding, and never the first token.
+    So what is saved is memory and decoding, or decoding alone, and never the first token.
     """
 
     layer: int
@@ -113,6 +113,12 @@ class Stage:
     """Whether survivors are renumbered without gaps, before the decoder only; some papers do it and lose grounding."""
     precision: Precision | None = None
     """At a cache: its tokens stay, at fewer bits, and `select` is asked for what is worth as much as `keep` tokens."""
+    when: Literal["prefill", "decode"] = "prefill"
+    """At a cache, "decode": nothing leaves. Each later step without images chooses anew which visual tokens it reads in
+    the layer, out of all that a row has, as many as `keep` of its images together; its needs see the step."""
+    reuse: tuple[Need, float] | None = None
+    """At "decode": a row of the step, (rows, channels, 1). While its cosine with that of the step which chose is at
+    least so high, that choice holds."""
 
     @property
     def due(self) -> Site:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtc.choice import Choice
 from vtc.clock import Clock
 from vtc.grids import Grid
-from vtc.stage import Cache, Site
+from vtc.stage import Cache, Site, Stage
+from vtc.stream import Stream
 
 
 @dataclass
@@ -35,6 +37,29 @@ class StageTrace:
     """(images, tokens), or (images, key_heads, tokens): the bits a number that tokens are kept at."""
     size: Tensor | None = None
     """(images,) float32: of how many tokens that are kept as they are these have the size."""
+    reads: Tensor | None = None
+    """(images,): of a stage that chooses anew at each step, how many tokens the attention of a step reads."""
+
+
+@dataclass
+class Reads:
+    """Which visual tokens the last step read, where each step chooses anew, and how often a choice was held."""
+
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    """By decoder layer (batch, tokens): their columns in the unpruned prompt, over all turns; -1 where a row read
+    fewer."""
+    asked: int = 0
+    held: Tensor | int = 0
+
+    def note(self, layer: int, columns: Tensor, alike: Tensor | None) -> None:
+        self.columns[layer] = columns
+        self.asked += len(columns)
+        self.held = self.held if alike is None else self.held + alike.sum()
+
+    @property
+    def reuse(self) -> float:
+        """Of all steps, rows and layers, the share in which an earlier step's choice was read again."""
+        return float(self.held) / max(1, self.asked)
 
 
 @dataclass(repr=False)
@@ -54,7 +79,16 @@ class Trace:
     parts: list[list[Grid]] = field(default_factory=list)
     """The grids that they form, (height, width) each, in token order: a whole image, or tiles, or frames."""
     stages: list[StageTrace] = field(default_factory=list)
+    reads: Reads = field(default_factory=Reads)
     clock: Clock = field(default_factory=Clock)
+
+    def note(
+        self, stage: Stage, stream: Stream, choice: Choice, scores: Tensor | None = None, reads: Tensor | None = None
+    ) -> None:
+        """What a stage chose of a stream."""
+        size = None if choice.bits is None or stage.precision is None else stage.precision.size(choice.bits)
+        scores, what = None if scores is None else scores.detach(), (choice.into, choice.gate, choice.bits, size, reads)
+        self.stages.append(StageTrace(stage.site, stream.index, stream.valid, choice.keep, scores, *what))
 
     def alive(self, layer: int) -> list[Tensor]:
         """For each batch row the sorted indices of the visual tokens that enter decoder layer `layer` (LongTensor)."""
@@ -139,10 +173,20 @@ class Trace:
 
     @property
     def read_sizes(self) -> Tensor:
-        """As `held_sizes`, what a decoded token reads: of packed tokens also their dequantised copies."""
+        """As `held_sizes`, what a decoded token reads: of packed tokens also their dequantised copies; of those that
+        are chosen anew at each step all keys, for their scores, and what is chosen and the copy that is made of it."""
         packed = [stage.site.layer for stage in self.stages if stage.size is not None and isinstance(stage.site, Cache)]
         copies = torch.zeros(self.batch, self.depth).index_fill(1, torch.tensor(packed, dtype=torch.long), 1)
-        return self.held_sizes + copies * self.held_per_layer
+        return self._with_reads(self.held_sizes + copies * self.held_per_layer, lambda held, read: held / 2 + 2 * read)
+
+    def _with_reads(self, sizes: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Sizes (batch, decoder layers), in the layers of which each step reads a part `of` what is held and read."""
+        for stage in self.stages:
+            if stage.reads is not None and isinstance(stage.site, Cache):
+                rows, layer = torch.tensor(self.rows, dtype=torch.long), stage.site.layer
+                read = torch.zeros(self.batch).index_add(0, rows, stage.reads.float().cpu())
+                sizes[:, layer] = of(sizes[:, layer], read)
+        return sizes
 
     @property
     def peak_size(self) -> Tensor:
@@ -162,9 +206,9 @@ class Trace:
     def average_tokens(self) -> Tensor:
         """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together.
 
-        Those at fewer bits count by their bytes.
+        Those at fewer bits count by their bytes. Where each step chooses anew, those that its attention reads count.
         """
-        return self.held_sizes.mean(1)
+        return self._with_reads(self.held_sizes, lambda held, read: read).mean(1)
 
     def _counts(self, of: Callable[[int], list[Tensor]]) -> Tensor:
         counts = [[index.shape[-1] for index in of(layer)] for layer in range(self.depth)]

@@ -77,6 +77,13 @@ class View:
             raise ValueError(f"tokens have left the cache of decoder layer {layer} before this method looks at it")
         return keys, values
 
+    def apart(self, layer: int) -> Tensor:
+        """Keys, rotated, of the visual tokens that a step chooses from in a decoder layer: (batch, key_heads, tokens,
+        head_dim)."""
+        parted = held.parted(self.cache, layer)
+        assert parted is not None
+        return parted.visual[0]
+
     def rows(self, layer: int, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         """Attention that the tokens at `positions` (batch, queries) pay in decoder layer `layer`.
 

@@ -66,4 +66,5 @@ def where(stages: tuple[Stage, ...]) -> str:
         parts.append(f"layer{'s' * (len(inside.split()) > 1)} {inside} of {DEPTH}")
     if caches:
         parts.append("the cache of each layer" if len(caches) == DEPTH else f"the cache of {len(caches)} layers")
+        parts[-1] += ", of which each token reads a part" * any(stage.when == "decode" for stage in stages)
     return "; ".join(parts)
