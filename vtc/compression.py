@@ -48,7 +48,7 @@ class Compression:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: stages are made anew, traces and running calls stay behind."""
-        return {name: x for name, x in vars(self).items() if name not in ("stages", "running", "_latest", "_last")}
+        return {name: x for name, x in vars(self).items() if name not in ("stages", "windows", "running", "_latest", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, running=set(), _latest=Trace(), _last=threading.local())
@@ -56,6 +56,11 @@ class Compression:
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         return self.method.stages(self.shape)
+
+    @functools.cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many positions back each decoder layer sees; None where it sees all."""
+        return tuple(map(self.adapter.window, self.adapter.layers))
 
     @property
     def reads_text(self) -> bool:
@@ -69,7 +74,7 @@ class Compression:
                 "no @sinks, nor any other score of the tower"
             )
         for stage in self.stages:
-            if isinstance(stage.site, Cache) and self.adapter.window(self.adapter.layers[stage.site.layer]) is not None:
+            if isinstance(stage.site, Cache) and self.windows[stage.site.layer] is not None:
                 raise ValueError(
                     f"{self.method.name} works on the cache of decoder layer {stage.site.layer}, which has a "
                     "sliding window and forgets by itself: take a method that drops before the decoder or within it"

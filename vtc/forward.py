@@ -75,8 +75,8 @@ class Forward:
             past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
-        visibility, ahead = Visibility(adapter, past.seen, past.seen + length), call.ahead(past.seen + length)
-        forward = cls(call, cache, past, stream, visibility, stream, ahead=ahead)
+        visibility = Visibility(adapter, compression.windows, past.seen, past.seen + length)
+        forward = cls(call, cache, past, stream, visibility, stream, ahead=call.ahead(visibility.reach))
         forward._plan(batch)
         return forward
 

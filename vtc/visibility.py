@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ class Visibility:
     """Sight in the decoder layers of one call, whose own columns begin at `start`."""
 
     adapter: Adapter
+    windows: Sequence[int | None]
+    """How many positions back each layer sees; None where it sees all."""
     start: int
     reach: int
     """Columns in all: a window as wide as that hides nothing."""
@@ -34,7 +37,7 @@ class Visibility:
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a decoder layer, where it hides anything."""
-        window = self.adapter.window(self.adapter.layers[layer])
+        window = self.windows[layer]
         return window if window is not None and window < self.reach else None
 
     def sees(self, layer: int, query: Sight, key: Sight) -> Tensor:
