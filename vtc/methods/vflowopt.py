@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Annotated, Any, ClassVar
@@ -13,10 +13,11 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
+import vtc.groups as groups
 import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
-from vtc.grids import Grid
+from vtc.grids import squares
 from vtc.merge import weighed
 from vtc.need import Need
 from vtc.observe import ReceivedAttention, Tower
@@ -67,14 +68,14 @@ class VFlowOpt(Method):
     }
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        attention = RelevantAttention(shape.tower_layers - 1, self.threshold)
-        entropy = (PatchEntropy(shape.tower_layers - 1),) if self.alpha else ()
+        last = shape.tower_layers - 1
+        attention, entropy = RelevantAttention(last, self.threshold), PatchEntropy(last)
+        needs = (attention, entropy) if self.alpha else (attention,)
 
         def score(seen: Seen) -> Tensor:
             importance = seen[attention][:, 0]
-            return importance + self.alpha * seen[entropy[0]][:, 0] if entropy else importance
+            return importance + self.alpha * seen[entropy][:, 0] if self.alpha else importance
 
-        needs = (attention, *entropy)
         sites = (0, *shape.layers(self.layers, 9, 18, of=28))
         first: Select = partial(recycle, cell=self.cell)
         selects = (weighed(first) if self.weighs else first, top_k, top_k)
@@ -127,9 +128,8 @@ class PatchEntropy(Need):
             pixels = pixels * std + mean
         levels = pixels / processor.rescale_factor if processor.do_rescale else pixels
         grey = levels.mean(2).round().clamp(0, 255).long()
-        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
-            2, grey, torch.ones_like(grey, dtype=torch.float32)
-        )
+        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device)
+        counts.scatter_add_(2, grey, torch.ones_like(grey, dtype=torch.float32))
         entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
         return entropy.softmax(1)[:, None]
 
@@ -151,30 +151,13 @@ def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Choice:
     `cell` is the side of a cell as a part of the grid's. The token of a cell sits where its most important member was.
     Only for a site where no token has left yet, so that the grid is whole.
     """
-    cells = torch.stack([_cells(tuple(parts), cell, scores.shape[1]) for parts in seen.parts]).to(scores.device)
+    cells = seen.by_grids(partial(squares, side=float(cell)))[0]
     number = int(cells.max()) + 1
     best = top_k(scores, seen, (keep - cells.amax(1) - 1).clamp(min=0)).keep
-    group = torch.where(seen.valid & ~best, cells, number)  # the last group takes all that is not recycled
-    floor = scores.new_full((len(scores), number + 1), -math.inf)
-    highest = floor.scatter_reduce(1, group, scores, "amax").gather(1, group)
-    first = (scores == highest) & (group < number)
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(group)
-    leader = torch.full_like(floor, scores.shape[1], dtype=torch.long)
-    leader = leader.scatter_reduce(1, group, torch.where(first, place, scores.shape[1]), "amin").gather(1, group)
-    leads = (leader == place) & (group < number)
+    rest = seen.valid & ~best
+    leads = rest & (groups.ranks(scores, cells, rest, number) == 0)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(cells)
+    leader = place.new_zeros(len(keep), number + 1).scatter(1, cells.where(leads, number), place).gather(1, cells)
     stays = top_k(torch.where(best | leads, scores + scores.abs().max() * 2 + 1, scores), seen, keep).keep
-    led = (group < number) & ~stays & stays.gather(1, leader.clamp(max=scores.shape[1] - 1))
-    return Choice(stays, torch.where(stays, place, torch.where(led, leader, -1)))
-
-
-@lru_cache(maxsize=64)
-def _cells(parts: tuple[Grid, ...], cell: float, length: int) -> Tensor:
-    """The cell of each token, counted on from grid to grid, padded to `length`."""
-    columns = math.ceil(1 / cell)
-    cells = []
-    for number, (height, width) in enumerate(parts):
-        row = (torch.arange(height) / (cell * height)).floor().long()
-        column = (torch.arange(width) / (cell * width)).floor().long()
-        cells.append((row[:, None] * columns + column).flatten() + number * columns**2)
-    cells = torch.cat(cells).unique(return_inverse=True)[1]  # cells without a token do not count
-    return torch.nn.functional.pad(cells, (0, length - len(cells)))
+    led = rest & ~stays & stays.gather(1, leader)
+    return Choice(stays, torch.where(stays, place, leader.where(led, -1)))
