@@ -57,8 +57,7 @@ class HiRED(Method):
         number = int(tile.max()) + 1
         marks = groups.sizes(place, marked & (place > 0), number)
         full = torch.minimum((self.alpha * keep).long(), size)
-        shares = marks / marks.sum(1, keepdim=True).clamp(min=1)
-        base, turn = groups.by_shares(shares, keep - full)
+        base, turn = groups.by_shares(marks / marks.sum(1, keepdim=True).clamp(min=1), keep - full)
         base[:, 0], turn[:, 0] = full, -number
         return groups.quota(late, seen, keep, tile, base, turn)
 

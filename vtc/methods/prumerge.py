@@ -50,11 +50,27 @@ class PruMerge(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         layer = shape.tower_layers - 1
         attention, keys = (OneHeadClsRow if shape.cls else ReceivedAttention)(layer), PatchKeys(layer)
-        select = partial(pruned_and_merged, keys, self.uniform, self.neighbours)
-        return (Stage(0, lambda seen: seen[attention][:, 0], (attention, keys), select),)
+        return (Stage(0, lambda seen: seen[attention][:, 0], (attention, keys), partial(self._select, keys)),)
 
     def ratios(self) -> tuple[float, ...]:
         return (self.ratio,)
+
+    def _select(self, keys: PatchKeys, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+        """Centres, a share `uniform` evenly spaced and the rest the best; the patches that they take in; all others,
+        which join the best of these, so that the centres are one less than `keep`."""
+        centres = (keep - 1).clamp(min=0)
+        spaced = grid(scores, seen, (self.uniform * centres).long()).keep
+        centre = top_k(scores.masked_fill(spaced, torch.inf), seen, centres).keep
+        other = seen.valid & ~centre
+        similar = cosines(seen[keys]).masked_fill(~other[:, None], -torch.inf)  # (images, centres, others)
+        least = similar.topk(min(self.neighbours, similar.shape[2]), dim=2).values[:, :, -1:]
+        taken = similar.masked_fill((similar < least) | ~centre[:, :, None], -torch.inf)
+        best, nearest = taken.max(1)
+        leader = scores.masked_fill(~other, -torch.inf).argmax(1, keepdim=True)
+        place = torch.arange(scores.shape[1], device=scores.device)
+        into = torch.where(centre | (place == leader), place, nearest.where(best > -torch.inf, leader))
+        into = into.masked_fill(~seen.valid | (keep == 0)[:, None], -1)
+        return Choice(into == place, into, mass=torch.where(centre, 1.0, scores))
 
 
 @dataclass(frozen=True)
@@ -65,23 +81,3 @@ class OneHeadClsRow(ClsRow):
         states = tower.states(self.layer, record)
         query, key = (rearrange(x, "c h n d -> c 1 n (h d)") for x in (states.query[:, :, :1], states.key))
         return attention_rows(query, key, key.shape[-1] ** -0.5)[:, :, 0, 1:]
-
-
-def pruned_and_merged(
-    keys: PatchKeys, uniform: float, neighbours: int, scores: Tensor, seen: Seen, keep: Tensor
-) -> Choice:
-    """Centres, of which a share `uniform` is evenly spaced and the rest are the best, the patches that they take in,
-    and all others, which join the best of these: so the centres are one less than `keep`."""
-    centres = (keep - 1).clamp(min=0)
-    spaced = grid(scores, seen, (uniform * centres).long()).keep
-    centre = top_k(scores.masked_fill(spaced, torch.inf), seen, centres).keep
-    other = seen.valid & ~centre
-    similar = cosines(seen[keys]).masked_fill(~other[:, None], -torch.inf)  # (images, centres, others)
-    least = similar.topk(min(neighbours, similar.shape[2]), dim=2).values[:, :, -1:]
-    taken = similar.masked_fill((similar < least) | ~centre[:, :, None], -torch.inf)
-    best, nearest = taken.max(1)
-    leader = scores.masked_fill(~other, -torch.inf).argmax(1, keepdim=True)
-    place = torch.arange(scores.shape[1], device=scores.device)
-    into = torch.where(centre | (place == leader), place, nearest.where(best > -torch.inf, leader))
-    into = into.masked_fill(~seen.valid | (keep == 0)[:, None], -1)
-    return Choice(into == place, into, mass=torch.where(centre, 1.0, scores))

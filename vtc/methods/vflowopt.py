@@ -37,9 +37,9 @@ class VFlowOpt(Method):
 
     The defaults are the released ones for LLaVA-OneVision-7B at 25 %; `vtc tune` finds them for other models. Where no
     patch passes the threshold all do (the code gets NaN). The entropy is of de-normalised pixels (the code's wraps
-    around) and in bits, as in the code. Recycled tokens count towards the budget exactly; the code's approximately.
-    On images of tiles with newline tokens (LLaVA-NeXT, LLaVA-OneVision) a newline has the importance 0 here and 1 in
-    the code, and cells are a part of each grid's sides here and of a fixed number of patches there.
+    around) and in bits, as in the code. Recycled tokens count towards the budget exactly; the code's approximately. A
+    newline between rows of tiles (LLaVA-NeXT, LLaVA-OneVision) has the importance 0, in the code 1, and cells are a
+    part of each grid's sides, there a fixed number of patches.
     """
 
     retain: tuple[Share, Share, Share] = (0.265, 0.983, 0.877)
@@ -76,10 +76,9 @@ class VFlowOpt(Method):
             importance = seen[attention][:, 0]
             return importance + self.alpha * seen[entropy][:, 0] if self.alpha else importance
 
-        sites = (0, *shape.layers(self.layers, 9, 18, of=28))
         first: Select = partial(recycle, cell=self.cell)
-        selects = (weighed(first) if self.weighs else first, top_k, top_k)
-        return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
+        inside = (Stage(layer, score, needs) for layer in shape.layers(self.layers, 9, 18, of=28))
+        return Stage(0, score, needs, weighed(first) if self.weighs else first), *inside
 
     def ratios(self) -> tuple[float, ...]:
         return tuple(accumulate(self.retain, mul))
@@ -89,7 +88,7 @@ class VFlowOpt(Method):
 class RelevantAttention(ReceivedAttention):
     """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
 
-    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
+    Those are the patches that receive more than `threshold` times the mean, or all where none does (Eq. 1-3).
     """
 
     threshold: float
@@ -97,9 +96,8 @@ class RelevantAttention(ReceivedAttention):
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         states = tower.states(self.layer, record)
         received = self.paid(states, tower)
-        valid = torch.ones_like(received, dtype=torch.bool)
-        if states.valid is not None:
-            valid = states.valid[:, int(tower.adapter.has_cls()) :]
+        every = torch.ones_like(received, dtype=torch.bool)
+        valid = every if states.valid is None else states.valid[:, int(tower.adapter.has_cls()) :]
         important = (received > self.threshold * scores.mean(received, valid)[:, None]) & valid
         important = important | ~important.any(1, keepdim=True)
         return self.paid(states, tower, important)[:, None]
@@ -109,8 +107,8 @@ class RelevantAttention(ReceivedAttention):
 class PatchEntropy(Need):
     """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
 
-    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4). What pixels were normalised by
-    is known from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
+    Grey is the rounded mean of the de-normalised channels, 256 bins (Eq. 4). What pixels were normalised by is known
+    from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
     """
 
     tower: ClassVar[bool] = True
@@ -146,10 +144,9 @@ def _processor(adapter: Adapter) -> Any:
 
 
 def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Choice:
-    """VFlowOpt's recycling (arXiv 2508.05211, Eq. 6-7): the best stay, the others become one token a grid cell.
+    """Eq. 6-7: the best stay, the others become one token a grid cell, where its most important one was.
 
-    `cell` is the side of a cell as a part of the grid's. The token of a cell sits where its most important member was.
-    Only for a site where no token has left yet, so that the grid is whole.
+    `cell` is the side of a cell as a part of the grid's. Only where no token has left yet, so that the grid is whole.
     """
     cells = seen.by_grids(partial(squares, side=float(cell)))[0]
     number = int(cells.max()) + 1
