@@ -9,12 +9,13 @@ from models import FAMILIES, llava
 from safetensors.torch import load_file, save_file
 
 import vtc
+from vtc.grids import squares
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
-from vtc.methods.vflowopt import VFlowOpt, _cells
+from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
 from vtc.stage import Shape
 
@@ -197,8 +198,8 @@ def test_layers_beyond_the_model_are_refused_when_it_is_wrapped(method, match):
 def test_cells_finer_than_the_patches_are_the_patches():
     """However small a cell is, there are no more of them than tokens; every one has a token."""
     for cell in (0.001, 0.01, 1 / 6):
-        assert _cells(((6, 6), (2, 3)), cell, 42).tolist() == list(range(42))
-    assert _cells(((6, 6), (2, 2)), 1.0, 41).tolist() == [0] * 36 + [1] * 4 + [0]
+        assert squares(((6, 6), (2, 3)), cell)[0].tolist() == list(range(42))
+    assert squares(((6, 6), (2, 2)), 1.0)[0].tolist() == [0] * 36 + [1] * 4
 
 
 # -- folders of trained modules -------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from vtc.grids import Grid, cells, places
+from vtc.compact import gather
+from vtc.grids import Grid, places
 from vtc.need import Need
 
 
@@ -28,12 +29,14 @@ class Seen:
         """(images, channels, tokens) float32, over the tokens that are left."""
         return self.rows[need]
 
-    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+    def by_grids(self, table: Callable[[tuple[Grid, ...]], Tensor]) -> Tensor:
+        """(facts, images, tokens) of these tokens, from the (facts, tokens) of whole images with some grids."""
+        tables = pad_sequence([table(tuple(grids)).T for grids in self.parts], batch_first=True).to(self.index.device)
+        return gather(tables, self.index).movedim(2, 0)
+
+    def places(self) -> tuple[Tensor, ...]:
         """Which of its image's grids each token is in, and its row and column there, all (images, tokens)."""
-        longest = max(map(cells, self.parts))
-        table = torch.stack([places(tuple(grids), longest) for grids in self.parts]).to(self.index.device)
-        grid, row, column = table.gather(2, self.index[:, None].expand(-1, 3, -1)).unbind(1)
-        return grid, row, column
+        return self.by_grids(places).unbind()
 
 
 @dataclass(frozen=True, eq=False)

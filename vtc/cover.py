@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtc.choice import Choice, Seen
+from vtc.compact import gather
 from vtc.need import Need
 
 
-def cosines(rows: Tensor, others: Tensor | None = None) -> Tensor:
-    """Cosines between the features (images, channels, tokens) of each image: (images, tokens, tokens), or with others:
-    (images, tokens, others)."""
-    first, second = (
-        normalize(x.float().nan_to_num(0, 0, 0), dim=1) for x in (rows, rows if others is None else others)
-    )
-    return first.transpose(1, 2) @ second
+def cosines(rows: Tensor) -> Tensor:
+    """Cosines between the features (images, channels, tokens) of each image: (images, tokens, tokens)."""
+    unit = normalize(rows.float().nan_to_num(0, 0, 0), dim=1)
+    return unit.transpose(1, 2) @ unit
 
 
 def centred(rows: Tensor, valid: Tensor) -> Tensor:
@@ -51,13 +49,12 @@ def greedy(gain: Tensor, valid: Tensor, count: int, taken: Callable[[Tensor], Te
 def _choice(gain: Tensor, seen: Seen, keep: Tensor, taken: Callable[[Tensor], Tensor]) -> Choice:
     picks = greedy(gain, seen.valid, int(keep.max()), taken)
     early = torch.arange(picks.shape[1], device=keep.device) < keep[:, None]
-    spare = torch.zeros(len(keep), gain.shape[1] + 1, dtype=torch.bool, device=keep.device)
-    return Choice(spare.scatter(1, picks.where(early, gain.shape[1]), True)[:, :-1] & seen.valid)
+    return Choice((keep.new_zeros(gain.shape).scatter_add(1, picks, early.long()) > 0) & seen.valid)
 
 
 def row(matrix: Tensor, pick: Tensor) -> Tensor:
     """The rows (images, tokens) of a (images, tokens, tokens) matrix that belong to picks (images, 1)."""
-    return matrix.gather(1, pick[..., None].expand(-1, -1, matrix.shape[2]))[:, 0]
+    return gather(matrix, pick)[:, 0]
 
 
 @torch.no_grad()

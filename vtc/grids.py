@@ -20,12 +20,20 @@ def cells(grids: Sequence[Grid]) -> int:
 
 
 @lru_cache(maxsize=256)
-def places(grids: tuple[Grid, ...], length: int) -> Tensor:
-    """Which of `grids` each token is in, in token order, and its row and column there: (3, length) int64, filled up
-    with 0."""
+def places(grids: tuple[Grid, ...]) -> Tensor:
+    """Which of `grids` each token is in, in token order, and its row and column there: (3, tokens) int64."""
     axes = [[torch.tensor([number]), *map(torch.arange, grid)] for number, grid in enumerate(grids)]
-    found = torch.cat([torch.cartesian_prod(*three) for three in axes]).T
-    return torch.nn.functional.pad(found, (0, length - found.shape[1]))
+    return torch.cat([torch.cartesian_prod(*three) for three in axes]).T
+
+
+@lru_cache(maxsize=256)
+def squares(grids: tuple[Grid, ...], side: float) -> Tensor:
+    """The square of `side` cells, or as a float of that part of its grid's sides, that each token is in: (1, tokens)
+    int64. Squares are counted on from grid to grid, and none is empty."""
+    sides = [(1, side, side) if isinstance(side, int) else (1, side * high, side * wide) for high, wide in grids]
+    found = places(grids)
+    square = (found / torch.tensor(sides).T[:, found[0]]).floor()
+    return square.unique(dim=1, return_inverse=True)[1][None]
 
 
 def shares(grids: Sequence[Grid], count: int) -> list[tuple[int, int, int]]:

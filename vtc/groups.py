@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from vtc.choice import Choice, Seen
+from vtc.compact import gather
 from vtc.cover import greedy
+from vtc.scores import rank
 from vtc.select import top_k
 
 
@@ -30,12 +32,9 @@ def means(x: Tensor, group: Tensor, valid: Tensor, groups: int) -> Tensor:
 
 def ranks(scores: Tensor, group: Tensor, valid: Tensor, groups: int) -> Tensor:
     """The place of each token among those of its group, the highest score being 0: (images, tokens) int64."""
-    group = group.masked_fill(~valid, groups)  # hidden tokens are one more
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-    count = sizes(group, torch.ones_like(valid), groups + 1)
-    place = torch.arange(group.shape[1], device=group.device).expand_as(group)
-    return torch.empty_like(order).scatter_(1, order, place) - (count.cumsum(1) - count).gather(1, group)
+    last = group.masked_fill(~valid, groups)  # hidden tokens are one more
+    place, count = (last * group.shape[1] + rank(scores, valid)).argsort(1).argsort(1), sizes(group, valid, groups)
+    return place - (count.cumsum(1) - count).gather(1, group)
 
 
 def by_shares(shares: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +53,8 @@ def quota(scores: Tensor, seen: Seen, keep: Tensor, group: Tensor, base: Tensor,
     In each turn the groups with the highest `first` (images, groups) come first, and a group that has no more tokens is
     passed over: so an image keeps `keep` tokens whatever the sizes of its groups. The sum of `base` is at most that.
     """
-    rank = ranks(scores, group, seen.valid, base.shape[1])
-    turn = (rank + 1 - base.gather(1, group)).clamp(min=0)
+    place = ranks(scores, group, seen.valid, base.shape[1])
+    turn = (place + 1 - base.gather(1, group)).clamp(min=0)
     order = first.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return top_k(-(turn * base.shape[1] + order.gather(1, group)).float(), seen, keep)
 
@@ -66,11 +65,8 @@ def unsuppressed(scores: Tensor, valid: Tensor, rivals: Tensor) -> Tensor:
     `rivals` (images, tokens, tokens) bool, symmetric; of equal scores the earlier token is the higher. In each round
     all tokens are judged at once by those that stood in the one before, until that changes nothing.
     """
-    place = torch.arange(scores.shape[1], device=scores.device)
-    higher = (scores[:, :, None] > scores[:, None]) | (
-        (scores[:, :, None] == scores[:, None]) & (place[:, None] < place)
-    )
-    beats, stands, before = (rivals & higher).float(), valid, ~valid
+    place = rank(scores, valid)
+    beats, stands, before = (rivals & (place[:, :, None] < place[:, None])).float(), valid, ~valid
     while not torch.equal(stands, before):
         before, stands = stands, valid & ((stands[:, None].float() @ beats)[:, 0] == 0)
     return stands
@@ -89,12 +85,12 @@ def k_means(features: Tensor, valid: Tensor, count: int, spherical: bool = False
 
     def taken(pick: Tensor) -> Tensor:
         nonlocal nearest
-        apart = square + square.gather(1, pick) - 2 * (x @ _of(x, pick).transpose(1, 2))[..., 0]
+        apart = square + square.gather(1, pick) - 2 * (x @ gather(x, pick).transpose(1, 2))[..., 0]
         nearest = torch.minimum(nearest, apart)
         return nearest
 
     start = torch.zeros(valid.shape, device=x.device)
-    centres = _of(x, greedy(start, valid, count, taken))
+    centres = gather(x, greedy(start, valid, count, taken))
     spare = torch.arange(count, device=x.device) >= valid.sum(1, keepdim=True)
     for number in range(rounds + 1):
         apart = centres.square().sum(2)[:, None] - 2 * (x @ centres.transpose(1, 2))
@@ -105,11 +101,6 @@ def k_means(features: Tensor, valid: Tensor, count: int, spherical: bool = False
             mean = member.transpose(1, 2) @ x / size.clamp(min=1)
             centres = (normalize(mean, dim=2) if spherical else mean).where(size > 0, centres)
     return group
-
-
-def _of(x: Tensor, index: Tensor) -> Tensor:
-    """x (images, tokens, channels) at index (images, picks)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 @torch.no_grad()

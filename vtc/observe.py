@@ -35,7 +35,18 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class ClsRow(Need):
+class QueriesAndKeys(Need):
+    """What is made of the queries and keys of block `layer`, of the tower or of the decoder."""
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        if self.tower:
+            return adapter.tower_modules(adapter.tower_blocks()[self.layer])
+        attention = adapter.decoder_attention(adapter.layers[self.layer])
+        return {"query": attention.query, "key": attention.key}
+
+
+@dataclass(frozen=True)
+class ClsRow(QueriesAndKeys):
     """Post-softmax attention of the tower's CLS query: (crops, heads, patches), CLS column dropped."""
 
     tower: ClassVar[bool] = True
@@ -43,7 +54,7 @@ class ClsRow(Need):
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         if not adapter.has_cls():
             raise ValueError("this method scores by CLS attention, and this vision tower has no CLS token")
-        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
+        return super().modules(adapter)
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         states = tower.states(self.layer, record)
@@ -51,16 +62,13 @@ class ClsRow(Need):
 
 
 @dataclass(frozen=True)
-class ReceivedAttention(Need):
+class ReceivedAttention(QueriesAndKeys):
     """Mean attention that each patch receives from all patches of its crop: (crops, 1, patches), heads averaged.
 
     The matrix is summed up in blocks of queries, never stored.
     """
 
     tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         return self.paid(tower.states(self.layer, record), tower)[:, None]
@@ -107,14 +115,11 @@ class PatchStates(Need):
 
 
 @dataclass(frozen=True)
-class PatchKeys(Need):
+class PatchKeys(QueriesAndKeys):
     """The keys of the patches in a tower's block, after the rotary embedding where there is one, its heads one after
     the other: (crops, heads * head_dim, patches)."""
 
     tower: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return adapter.tower_modules(adapter.tower_blocks()[self.layer])
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         key = tower.states(self.layer, record).key[:, :, int(tower.adapter.has_cls()) :]
@@ -173,7 +178,7 @@ class QuestionCosine(TokenStates):
 
 
 @dataclass(frozen=True)
-class DecoderRow(Need):
+class DecoderRow(QueriesAndKeys):
     """Attention that a few tokens of the prompt pay in decoder layer `layer`."""
 
     ahead: bool = False
@@ -186,8 +191,7 @@ class DecoderRow(Need):
         return self.layer if self.ahead else self.layer + 1
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {} if self.ahead else {"query": attention.query, "key": attention.key}
+        return {} if self.ahead else super().modules(adapter)
 
     def paid(self, record: dict[str, Tensor], view: View, positions: Tensor) -> Tensor:
         """What the tokens at `positions` (batch, queries) pay: (batch, heads, queries, length) float32."""

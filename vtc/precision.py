@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.packed import BITS, HALF, Grain, Packed
+from vtc.scores import rank
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,14 @@ class Precision:
 
         More important tokens get no fewer bits; among equals the earlier ones are more important.
         """
-        ranked = scores.masked_fill(~seen.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1]).to(ranked).expand_as(ranked))
-        number = seen.valid.sum(1)
-        bits = torch.full_like(rank, self.levels[-1])
+        place, number = rank(scores, seen.valid), seen.valid.sum(1)
+        bits = torch.full_like(place, self.levels[-1])
         for more, less in reversed(list(pairwise(self.levels))):
             if (gain := self._each(more) - self._each(less)) > 0:
                 room = keep - self._besides(1 if more >= 16 else 2)
                 raised = ((room - number * self._each(less)) / gain).round()
                 raised = raised.where(keep < number * self._each(more) + self._besides(int(more < 16)) - 1e-3, number)
-                bits = bits.masked_fill(rank < raised[:, None], more)
+                bits = bits.masked_fill(place < raised[:, None], more)
         return Choice(seen.valid, bits=bits.masked_fill(~seen.valid, 0))
 
     def pack(self, parts: Sequence[tuple[int, Tensor, Tensor, Tensor]], reach: Tensor | None) -> tuple[Packed, Packed]:

@@ -12,9 +12,11 @@ def head_mean(row: Tensor) -> Tensor:
     return reduce(row, "image head token -> image token", "mean")
 
 
-def ensemble(scores: list[Tensor], how: str) -> Tensor:
-    """The "sum", "mean" or "max" over several layers' scores, each (images, tokens)."""
-    return reduce(scores, "layer image token -> image token", how)
+def rank(scores: Tensor, valid: Tensor) -> Tensor:
+    """The place of each token, the highest score of its image being 0, the earlier first among equals: int64."""
+    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
 
 
 def mean(scores: Tensor, valid: Tensor) -> Tensor:

@@ -6,22 +6,17 @@ than the widest one; `keep` (images,) int64, the number that stays of each image
 
 from __future__ import annotations
 
-import math
-from itertools import accumulate, pairwise
-
 import torch
 from torch import Tensor
 
 from vtc.choice import Choice, Seen
 from vtc.grids import cells, evenly_spaced, shares
+from vtc.scores import rank
 
 
 def top_k(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The `keep` highest scores of each image; among equals the earlier token wins."""
-    order = scores.masked_fill(~seen.valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return Choice((rank < keep[:, None]) & seen.valid)
+    return Choice((rank(scores, seen.valid) < keep[:, None]) & seen.valid)
 
 
 def grid(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
@@ -45,11 +40,11 @@ def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     At the encoder site only, where all tokens are there yet. What is hidden is no part of a grid's size.
     """
     picked = torch.zeros_like(seen.valid)
-    scores = scores.masked_fill(~seen.valid, -math.inf)
+    scores = scores.masked_fill(~seen.valid, -torch.inf)
     for image, (parts, count) in enumerate(zip(seen.parts, keep.tolist(), strict=True)):
-        ends = list(accumulate((height * width for height, width in parts), initial=0))
-        shown = [(int(seen.valid[image, start:end].sum()), 1) for start, end in pairwise(ends)]
-        for (start, end), (_, _, share) in zip(pairwise(ends), shares(shown, count), strict=True):
+        spans = [(start, end) for start, end, _ in shares(parts, count)]
+        shown = [(int(seen.valid[image, start:end].sum()), 1) for start, end in spans]
+        for (start, end), (_, _, share) in zip(spans, shares(shown, count), strict=True):
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
     return Choice(picked)

@@ -120,8 +120,8 @@ class Stream:
         return replace(self, rows=self.rows | rows)
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, left)."""
-        return x[self.row[:, None], :, self.position].transpose(1, 2)
+        """The visual tokens' entries of a (batch, ..., length) tensor: (images, ..., left)."""
+        return x.movedim(-1, 1)[self.row[:, None], self.position].movedim(1, -1)
 
     @property
     def entered(self) -> Tensor:

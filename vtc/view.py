@@ -41,7 +41,7 @@ class View:
         return self.stream.alive
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """The visual tokens' entries of a (batch, channels, length) tensor: (images, channels, tokens)."""
+        """The visual tokens' entries of a (batch, ..., length) tensor: (images, ..., tokens)."""
         return self.stream.of_tokens(x)
 
     def last_positions(self) -> Tensor:

@@ -13,10 +13,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 import vtc.scores as scores
-from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
-from vtc.need import Need
-from vtc.observe import TextRow
+from vtc.observe import QueriesAndKeys, TextRow
 from vtc.stage import Layer, Shape, Stage
 from vtc.trained import Trained
 from vtc.view import View
@@ -26,27 +24,16 @@ PAPER_LAYERS = 4, 14, 24
 
 
 @dataclass(frozen=True)
-class SelfLogits(Need):
+class SelfLogits(QueriesAndKeys):
     """Mean pre-softmax logit that each visual token receives from its image's tokens in decoder layer `layer`.
 
     (images, 1, tokens), heads averaged. Logits are linear in the query, so the mean query stands for all of them.
     """
 
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {"query": attention.query, "key": attention.key}
-
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        adapter, valid = view.adapter, view.alive
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-
-        def visual(x: Tensor) -> Tensor:
-            rotated = view.rotated(self.layer, x).float()
-            return rearrange(
-                view.of_tokens(rearrange(rotated, "b h n d -> b (h d) n")), "i (h d) n -> i h n d", h=x.shape[1]
-            )
-
-        query, key = visual(attention.queries(record["query"])), visual(attention.keys(record["key"]))
+        attention, valid = view.adapter.decoder_attention(view.adapter.layers[self.layer]), view.alive
+        both = attention.queries(record["query"]), attention.keys(record["key"])
+        query, key = (view.of_tokens(view.rotated(self.layer, x).float().mT).mT for x in both)
         mean = (query * valid[:, None, :, None]).sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
         mean = rearrange(mean, "i (g r) d -> i g r d", g=attention.key_heads).mean(2)
         return (torch.einsum("igd,ignd->in", mean, key) / attention.key_heads * attention.scale)[:, None]
@@ -135,10 +122,8 @@ class Atp(Trained):
         redundant, spatial = (threshold[:, None] for threshold in thresholds(means))
         lattice = self._lattice(self.rates[number], seen)
         if thresholds.training:
-            gates = [
-                ((score - threshold) * self.sharpness).sigmoid()
-                for score, threshold in ((redundancy, redundant), (lattice, spatial))
-            ]
+            both = (redundancy, redundant), (lattice, spatial)
+            gates = (((score - threshold) * self.sharpness).sigmoid() for score, threshold in both)
             return Choice(torch.ones_like(seen.valid), gate=torch.maximum(*gates))
         best = redundancy.masked_fill(~seen.valid, -torch.inf)
         best = best == best.amax(1, keepdim=True)

@@ -9,13 +9,14 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from vtc.methods.random_kv import drawn
+from vtc.methods.window import AfterPrefill
 from vtc.packed import Grain
 from vtc.precision import Precision
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class Bits(Method):
+class Bits(AfterPrefill):
     """Keep all visual tokens in each layer's cache, at 16, 8, 4 or 2 bits a number, as a budget of bytes allows.
 
     Tokens are at one number of bits or at the next one, and which of them are at more is drawn as in `random-kv`: what
@@ -29,11 +30,8 @@ class Bits(Method):
     name: ClassVar[str] = "bits"
     paper: ClassVar[str] = "baseline"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         grains = Grain(channels=1, tokens=True), Grain()
         precision = Precision((16, 8, 4, 2), *grains, shape.key_heads, shape.head_dim, shape.bits)
-        return tuple(self._stage(layer, shape.key_heads, precision) for layer in range(shape.decoder_layers))
-
-    def _stage(self, layer: int, heads: int, precision: Precision) -> Stage:
-        scores = partial(drawn, self.seed, layer, heads)
+        scores = partial(drawn, self.seed, layer, shape.key_heads)
         return Stage(Cache(layer), scores, select=precision.select, precision=precision)

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.methods.window import Window, WindowRow
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, Window, WindowRow
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class CAOTE(Method):
+class CAOTE(AfterPrefill):
     """In each layer's cache keep, for each key head, the visual tokens whose eviction alone would change it most.
 
     "CAOTE: KV Cache Selection for LLMs via Attention Output Error-Based Token Eviction" (arXiv 2504.14051): without
@@ -30,10 +30,7 @@ class CAOTE(Method):
     name: ClassVar[str] = "caote"
     paper: ClassVar[str] = "CAOTE, arXiv 2504.14051"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         need = WindowRow(layer, self.window, fast_error if self.fast else error)
         return Stage(Cache(layer), lambda seen: seen[need], (need,))
 

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
-from vtc.compact import gather
 from vtc.need import Need
 from vtc.select import top_k
 from vtc.stage import Layer, Method, Shape, Stage
@@ -26,10 +25,10 @@ class Dart(Method):
 
     "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More" (arXiv 2502.11494), as
     ports of its code have it; the authors' own was not read. Pivots are the image tokens, and the text tokens after the
-    image, whose keys in layer K - 1, rotated, over all heads, have the largest L1 norms. One pivot after the other,
-    those of the image first, takes its equal share of the budget, the image tokens still there with the lowest cosine
-    to it; cosines are of the states that enter layer K, after the decoder's last norm. Original positions. The ports
-    round shares down; here the first pivots take the rest, so that the budget is met.
+    image, whose keys in layer K - 1, rotated, over all heads, have the largest L1 norms. One pivot after the other, the
+    image's first, takes its equal share of the budget: of the image tokens still there those with the lowest cosine to
+    it, of the states that enter layer K, after the decoder's last norm. Original positions. The ports round shares
+    down; here the first pivots take the rest, so that the budget is met.
     """
 
     layer: Layer | None = None
@@ -44,8 +43,7 @@ class Dart(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         (layer,) = shape.layers(None if self.layer is None else (self.layer,), 2, of=32)
         need = Likeness(layer - 1, self.image_pivots, self.text_pivots)
-        select = partial(least_alike, need)
-        return (Stage(layer, lambda seen: seen[need][:, 0], (need,), select),)
+        return (Stage(layer, lambda seen: seen[need][:, 0], (need,), partial(least_alike, need)),)
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,18 @@ class Likeness(Need):
         attention, row = view.adapter.decoder_attention(view.adapter.layers[self.layer]), view.stream.row[:, None]
         norms = view.rotated(self.layer, attention.keys(record["key"])).float().abs().sum((1, 3))
         features = normalize(view.adapter.decoder.norm(view.hidden).float(), dim=-1)
-        positions, asks = view.text_after_images()
-        own, text = view.of_tokens(norms[:, None]), gather(norms, positions)[row[:, 0]]
-        pivots = [
-            _largest(own[:, 0], view.alive, view.stream.position, self.image_pivots),
-            _largest(text, asks > 0, positions[row[:, 0]], self.text_pivots),
-        ]
+        text, asks = view.text_after_images()
+
+        def largest(valid: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            """Where the `count` largest norms at `positions` (images, tokens) are, and which of those are tokens."""
+            order = norms[row, positions].masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+            return positions.gather(1, order[:, :count]), valid.gather(1, order[:, :count])
+
+        own, said = view.stream.position, text[view.stream.row]
+        pivots = largest(view.alive, own, self.image_pivots), largest(asks > 0, said, self.text_pivots)
         places, real = (torch.cat(parts, dim=1) for parts in zip(*pivots, strict=True))
         cosines = features[row, places] @ view.of_tokens(features.transpose(1, 2))
-        return torch.cat((own, cosines.masked_fill(~real[..., None], torch.inf)), dim=1)
-
-
-def _largest(norms: Tensor, valid: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The positions of the `count` largest norms (images, tokens), and which of them are of tokens at all."""
-    best = norms.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
-    return positions.gather(1, best), valid.gather(1, best)
+        return torch.cat((norms[row, own][:, None], cosines.masked_fill(~real[..., None], torch.inf)), dim=1)
 
 
 def least_alike(need: Likeness, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.scores import rank
+
 
 @torch.no_grad()
 def density_peaks(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
@@ -27,14 +29,10 @@ def density_peaks(states: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     nearest = (apart**2).sort(dim=2).values.cumsum(2)
     last = (count - 1)[:, None, None].expand(-1, len(nearest[0]), 1)
     density = (-nearest.gather(2, last)[..., 0] / count[:, None]).exp()
-    order = density.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    denser = rank[:, None] < rank[:, :, None]
+    place = rank(density, valid)
+    denser = place[:, None] < place[:, :, None]
     delta = apart.masked_fill(~denser, torch.inf).amin(2)
     largest = apart.masked_fill(~pairs, 0).amax((1, 2))[:, None]
-    worth = (density * torch.minimum(delta, largest)).masked_fill(~valid, -torch.inf)
-    best = worth.argsort(dim=1, descending=True, stable=True)
-    centre = torch.empty_like(order).scatter_(1, best, place) < count[:, None]
+    centre = rank(density * torch.minimum(delta, largest), valid) < count[:, None]
     joined = apart.masked_fill(~centre[:, None], torch.inf).argmin(2)
-    return torch.where(centre, place, joined)
+    return torch.where(centre, torch.arange(centre.shape[1], device=centre.device), joined)

@@ -27,8 +27,8 @@ class EvoCut(Method):
     ones, and a patch's deviation is 1 less its cosine to the nearest. The score is their moving average over blocks.
 
     Our reading of what is left open: k-means on unit vectors from farthest points, 5 rounds; the average starts with
-    the first block's deviation. Directions are those of a crop, and a visual token of several patches has the mean of
-    their scores. In a tower with windows only the blocks that see all are looked at.
+    the first block's deviation. Directions are a crop's; a visual token of several patches has the mean of their
+    scores; of a tower with windows only the blocks that see all are looked at.
     """
 
     directions: PositiveInt = 8
@@ -56,10 +56,8 @@ class EvoCut(Method):
 
 @dataclass(frozen=True)
 class Deviation(Need):
-    """1 less the cosine of what a tower block adds to a patch with the nearest of its crop's main directions.
-
-    (crops, 1, patches).
-    """
+    """1 less the cosine of what a tower block adds to a patch with the nearest of its crop's main directions:
+    (crops, 1, patches)."""
 
     directions: int
 

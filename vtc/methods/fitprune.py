@@ -7,14 +7,12 @@ from itertools import accumulate
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtc.adapter import Adapter
 from vtc.choice import Seen
 from vtc.compact import gather
 from vtc.methods.progressive import Progressive
-from vtc.need import Need
-from vtc.observe import QUERY_BLOCK
+from vtc.observe import QUERY_BLOCK, QueriesAndKeys
 from vtc.stage import Layer, Shape, Share, Stage
 from vtc.view import View
 
@@ -34,11 +32,10 @@ class FitPrune(Progressive):
 
     "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models" (arXiv
     2409.10197), released code: a token's score is the product of the mean attention that the text after the image and
-    that the image tokens pay it, of attention the largest over heads. How many leave after each layer is fitted so that
-    as little attention as possible is lost (`vtc fit`). Without a schedule of one's own those published for
-    LLaVA-1.5-7B are scaled to the depth of the decoder, and a budget lies between two of them, or beyond the last one
-    by a power of what it leaves. The code deletes between a layer's attention and its feed-forward, here tokens leave
-    after the layer.
+    that the image tokens pay it, the largest over heads. How many leave after each layer is fitted to lose as little
+    attention as possible (`vtc fit`); without a schedule of one's own those published for LLaVA-1.5-7B are scaled to
+    the depth of the decoder, and a budget lies between two of them, or beyond the last one by a power of what it
+    leaves. The code deletes between a layer's attention and its feed-forward; here tokens leave after the layer.
     """
 
     layers: tuple[Layer, ...] | None = None
@@ -77,7 +74,7 @@ class FitPrune(Progressive):
 
 
 @dataclass(frozen=True)
-class LargestOverHeads(Need):
+class LargestOverHeads(QueriesAndKeys):
     """Attention in decoder layer `layer`, the largest over heads, that each visual token gets: (images, 2, tokens).
 
     The mean over the text after the image, and the mean over the image's own tokens. The matrix is summed up in blocks
@@ -85,10 +82,6 @@ class LargestOverHeads(Need):
     """
 
     reads_text: ClassVar[bool] = True
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        attention = adapter.decoder_attention(adapter.layers[self.layer])
-        return {"query": attention.query, "key": attention.key}
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         stream, (positions, asks) = view.stream, view.text_after_images()

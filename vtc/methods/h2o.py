@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vtc.methods.window import WindowRow
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, WindowRow
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(AfterPrefill):
     """In each layer's cache keep, for each key head, the heavy hitters: what all of the prompt attends to most.
 
     "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (arXiv 2306.14048): attention
@@ -26,9 +26,6 @@ class H2O(Method):
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         need = WindowRow(layer, "prompt", reduce=self.reduce)
         return Stage(Cache(layer), lambda seen: seen[need], (need,))

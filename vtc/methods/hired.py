@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -14,8 +14,8 @@ import vtc.groups as groups
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
 from vtc.grids import Grid, cells, places
+from vtc.need import Need
 from vtc.observe import salience
-from vtc.select import top_k
 from vtc.stage import Method, Shape, Share, Stage
 
 
@@ -46,35 +46,29 @@ class HiRED(Method):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         first, last = salience(shape, 0), salience(shape, shape.tower_layers - 1)
-
-        def select(late: Tensor, seen: Seen, keep: Tensor) -> Choice:
-            return self._select(scores.head_mean(seen[first]), late, seen, keep)
-
         needs = tuple(dict.fromkeys((first, last)))
-        return (Stage(0, lambda seen: scores.head_mean(seen[last]), needs, select),)
+        return (Stage(0, lambda seen: scores.head_mean(seen[last]), needs, partial(self._select, first)),)
 
-    def _select(self, early: Tensor, late: Tensor, seen: Seen, keep: Tensor) -> Choice:
-        tables = [_tiles(tuple(parts), self.strips, early.shape[1]) for parts in seen.parts]
-        tile, place = torch.stack(tables, dim=1).to(early.device)
+    def _select(self, first: Need, late: Tensor, seen: Seen, keep: Tensor) -> Choice:
+        tile, place = seen.by_grids(partial(_tiles, strips=self.strips))
         overview = seen.valid & (tile == 0)
         size = overview.sum(1)
-        marked = top_k(early, Seen({}, overview, seen.index, seen.parts), ((1 - self.alpha) * size).long()).keep
+        marked = scores.rank(scores.head_mean(seen[first]), overview) < ((1 - self.alpha) * size).long()[:, None]
         number = int(tile.max()) + 1
         marks = groups.sizes(place, marked & (place > 0), number)
         full = torch.minimum((self.alpha * keep).long(), size)
-        shares = marks / marks.sum(1, keepdim=True).clamp(min=1)
-        base, turn = groups.by_shares(shares, keep - full)
+        base, turn = groups.by_shares(marks / marks.sum(1, keepdim=True).clamp(min=1), keep - full)
         base[:, 0], turn[:, 0] = full, -number
         return groups.quota(late, seen, keep, tile, base, turn)
 
 
 @lru_cache(maxsize=256)
-def _tiles(parts: tuple[Grid, ...], strips: bool, length: int) -> Tensor:
+def _tiles(parts: tuple[Grid, ...], strips: bool) -> Tensor:
     """The tile of each token, from 1 on, 0 in the overview; and the tile in which a token of the overview lies, else 0:
-    (2, length) int64. An image that is not an overview and a larger mosaic of tiles, with newlines, is all overview."""
-    grid, row, column = places(parts, length)
+    (2, tokens) int64. An image that is not an overview and a larger mosaic of tiles, with newlines, is all overview."""
+    grid, row, column = places(parts)
     if len(parts) != 2 or cells(parts[1:]) <= cells(parts[:1]):
-        return torch.zeros(2, length, dtype=torch.long)
+        return torch.zeros(2, len(grid), dtype=torch.long)
     (high, wide), (height, width) = parts[0], (parts[1][0], parts[1][1] - 1)
     rows, columns = math.ceil(height / high), math.ceil(width / wide)
     top, left = (rows * high - height) // 2, (columns * wide - width) // 2  # what was padded is cut off again

@@ -31,8 +31,8 @@ class HoloV(Method):
     stays: `by`.
 
     The code loses what a strip's quota exceeds its patches by and pads the image with zero vectors; here the other
-    strips get it, in turns. Raster order is kept, and positions. A tower without a CLS token scores by the mean
-    attention that a patch receives. All tokens of an image are one line of strips, those of its tiles too.
+    strips get it, in turns. Order and positions are kept, tiles are one line of strips, and a tower without a CLS token
+    scores by the mean attention that a patch receives.
     """
 
     strips: PositiveInt = 16
@@ -48,8 +48,7 @@ class HoloV(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
         states, row = PatchStates(last), salience(shape, last)
-        select = partial(self._select, states)
-        return (Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), select),)
+        return (Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), partial(self._select, states)),)
 
     @torch.no_grad()
     def _select(self, states: Need, attention: Tensor, seen: Seen, keep: Tensor) -> Choice:
@@ -75,7 +74,6 @@ def _variance(alike: Tensor, strip: Tensor, valid: Tensor) -> Tensor:
     """The variance of each token's cosines within its strip, its own one being 0: (images, tokens)."""
     same = (strip[:, :, None] == strip[:, None]) & valid[:, None] & valid[:, :, None]
     size = same.sum(2)
-    others = same & ~torch.eye(len(strip[0]), dtype=torch.bool, device=strip.device)
-    alike = alike.masked_fill(~others, 0)
+    alike = alike.masked_fill(~same | torch.eye(len(strip[0]), dtype=torch.bool, device=strip.device), 0)
     mean = alike.sum(2) / (size - 1).clamp(min=1)
     return ((alike - mean[..., None]).square() * same).sum(2) / (size - 1).clamp(min=1)

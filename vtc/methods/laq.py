@@ -17,17 +17,17 @@ from transformers import DynamicCache
 import vtc.select as select
 from vtc.adapter import Adapter
 from vtc.attention import attention_rows
-from vtc.choice import by_head
+from vtc.choice import Seen, by_head
 from vtc.compact import gather, gather_heads
-from vtc.methods.window import Kernel, WindowRow, pooled
+from vtc.methods.window import AfterPrefill, Kernel, WindowRow, pooled
 from vtc.need import Need
 from vtc.patch import before
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.stage import Cache, Shape, Stage
 from vtc.view import View
 
 
 @dataclass(frozen=True)
-class LAQ(Method):
+class LAQ(AfterPrefill):
     """In each layer's cache keep, for each key head, the visual tokens that the beginning of the answer attends to.
 
     "Lookahead Q-Cache: Achieving More Consistent KV Cache Eviction via Pseudo Query" (arXiv 2505.20334): after the
@@ -49,18 +49,15 @@ class LAQ(Method):
     name: ClassVar[str] = "laq"
     paper: ClassVar[str] = "LAQ, arXiv 2505.20334"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        windows = tuple(map(WindowRow, range(shape.decoder_layers)))
-        ahead = LookAhead(shape.decoder_layers - 1, self.steps, self.share, self.kernel, windows)
-        return tuple(self._stage(window, ahead, shape.key_heads) for window in windows)
+    def stage(self, layer: int, shape: Shape) -> Stage:
+        windows, last = tuple(map(WindowRow, range(shape.decoder_layers))), shape.decoder_layers - 1
+        ahead = LookAhead(last, self.steps, self.share, self.kernel, windows)
+        own = slice(shape.key_heads * layer, shape.key_heads * (layer + 1))
 
-    def _stage(self, window: WindowRow, ahead: LookAhead, heads: int) -> Stage:
-        layer, last = window.layer, ahead.layer
-        own = slice(heads * layer, heads * (layer + 1))
-        needs = (ahead,) if layer == last else (window, ahead)
-        return Stage(
-            Cache(layer, after=last), lambda seen: pooled(seen[ahead][:, own], seen, self.kernel, "max"), needs
-        )
+        def score(seen: Seen) -> Tensor:
+            return pooled(seen[ahead][:, own], seen, self.kernel, "max")
+
+        return Stage(Cache(layer, after=last), score, (ahead,) if layer == last else (windows[layer], ahead))
 
 
 saying: ContextVar[dict[int, list[Any]] | None] = ContextVar("vtc_saying_ahead", default=None)
@@ -161,12 +158,10 @@ class LookAhead(Need):
         """The mean of a layer's pseudo queries over its whole cache: (images, key_heads, tokens)."""
         attention, past = view.adapter.decoder_attention(view.adapter.layers[layer]), view.past[layer]
         seen = zip(said[::2], said[1::2], strict=True)
-        queries = [view.adapter.rotate(attention.queries(x), *tables) for tables, x in seen]
+        query = torch.cat([view.adapter.rotate(attention.queries(x), *tables) for tables, x in seen], dim=2)
         columns, (keys, _) = past.then(view.stream.columns), view.cached(layer)
         visible = self._prompt(view, columns.place)[..., None, :]
-        rows = attention_rows(
-            torch.cat(queries, dim=2), keys, attention.scale, visible, columns.weight, attention.softcap
-        )
+        rows = attention_rows(query, keys, attention.scale, visible, columns.weight, attention.softcap)
         mean = torch.einsum("bhqn,bq->bhn", rows, counts / counts.sum(1, keepdim=True))[..., past.length :]
         return view.of_tokens(reduce(mean, "b (g r) n -> b g n", "sum", g=attention.key_heads))
 

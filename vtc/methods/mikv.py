@@ -9,16 +9,16 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.methods.window import Window, WindowRow
+from vtc.methods.window import AfterPrefill, Window, WindowRow
 from vtc.need import Need
 from vtc.packed import Grain
 from vtc.precision import Precision
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.stage import Cache, Shape, Stage
 from vtc.view import View
 
 
 @dataclass(frozen=True)
-class MiKV(Method):
+class MiKV(AfterPrefill):
     """In each layer's cache keep, for each key head, important visual tokens at `high` bits and the others at `low`.
 
     "No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision Quantization" (arXiv
@@ -40,10 +40,7 @@ class MiKV(Method):
     name: ClassVar[str] = "mikv"
     paper: ClassVar[str] = "MiKV, arXiv 2402.18096"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(self._stage(layer, shape) for layer in range(shape.decoder_layers))
-
-    def _stage(self, layer: int, shape: Shape) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         attention, reach = WindowRow(layer, self.window, reduce="per-visible"), QueryReach(layer)
         half = Grain(channels=shape.head_dim // 2)
         levels = tuple(dict.fromkeys((16, self.high, self.low)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,9 +29,8 @@ class Msdg(Method):
 
     The channel of sinks is the paper's for CLIP-L (650) and Qwen2.5-VL (849) where `channel` says so; else, ours, of
     the 8 channels with the largest states the one whose largest is most times its median over the image's patches.
-    Layers are scaled to the depth of the tower, and where some of its blocks cannot be seen (Qwen2.5-VL) to that of
-    those that can. The question is the text after the image. Tiles of an image compete, and survivors keep their
-    positions.
+    Layers are scaled to the depth of the tower, or of its blocks that can be seen (Qwen2.5-VL). The question is the
+    text after the image. Tiles of an image compete, and survivors keep their positions.
     """
 
     clusters: PositiveInt = 20
@@ -80,6 +79,5 @@ class Msdg(Method):
         mean = groups.means(scores, cluster, clear, self.clusters)
         shares = mean.masked_fill(empty, torch.finfo(mean.dtype).min).softmax(1)
         room = torch.minimum(keep, clear.sum(1))
-        best = groups.quota(scores, Seen({}, clear, seen.index, seen.parts), room, cluster,
-                            *groups.by_shares(shares, room)).keep  # fmt: skip
-        return top_k(best.float(), seen, keep)  # sinks fill up
+        best = groups.quota(scores, replace(seen, valid=clear), room, cluster, *groups.by_shares(shares, room))
+        return top_k(best.keep.float(), seen, keep)  # sinks fill up

@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from pydantic import Field, PositiveInt
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vtc.attention import attention_rows
 from vtc.choice import Choice, Seen
+from vtc.cover import cosines
 from vtc.observe import ClsRow, PatchKeys, ReceivedAttention, Tower
 from vtc.select import grid, top_k
 from vtc.stage import Method, Shape, Stage
@@ -28,12 +28,12 @@ class PruMerge(Method):
     ones by that width's keys, weighted by their attention against 1 for itself; all that nobody takes in becomes one
     more token. A tower without a CLS token scores by the mean attention that a patch receives.
 
-    Each patch counts once here: it joins the most similar of the kept ones that would take it in, and a kept one joins
-    none. In the code it may be added to several, kept ones are added to each other, and the one more token has all that
-    are not kept. What is merged is a mean here and a sum in the code, of projected features here and before the
-    projector there. Attention and keys are those of the block that the projector reads, as the tower's last one, which
-    the code looks at, is not run. The paper's number of tokens, those above the upper quartile by 1.5 interquartile
-    ranges, differs from image to image; here it is the budget's, and without one the paper's average.
+    A patch counts once here: it joins the most similar kept one that would take it in, and a kept one joins none; in
+    the code it may be added to several, kept ones to each other, and the one more token has all that are not kept. What
+    is merged is a mean here and a sum there, of features after the projector here and before it there. Attention and
+    keys are of the block that the projector reads, as the tower's last one, which the code looks at, is not run. The
+    paper keeps what is above the upper quartile by 1.5 interquartile ranges; here the budget says how many, and without
+    one it is the paper's average.
     """
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 1 / 18
@@ -50,11 +50,27 @@ class PruMerge(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         layer = shape.tower_layers - 1
         attention, keys = (OneHeadClsRow if shape.cls else ReceivedAttention)(layer), PatchKeys(layer)
-        select = partial(pruned_and_merged, keys, self.uniform, self.neighbours)
-        return (Stage(0, lambda seen: seen[attention][:, 0], (attention, keys), select),)
+        return (Stage(0, lambda seen: seen[attention][:, 0], (attention, keys), partial(self._select, keys)),)
 
     def ratios(self) -> tuple[float, ...]:
         return (self.ratio,)
+
+    def _select(self, keys: PatchKeys, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+        """Centres, a share `uniform` evenly spaced and the rest the best; the patches that they take in; all others,
+        which join the best of these, so that the centres are one less than `keep`."""
+        centres = (keep - 1).clamp(min=0)
+        spaced = grid(scores, seen, (self.uniform * centres).long()).keep
+        centre = top_k(scores.masked_fill(spaced, torch.inf), seen, centres).keep
+        other = seen.valid & ~centre
+        similar = cosines(seen[keys]).masked_fill(~other[:, None], -torch.inf)  # (images, centres, others)
+        least = similar.topk(min(self.neighbours, similar.shape[2]), dim=2).values[:, :, -1:]
+        taken = similar.masked_fill((similar < least) | ~centre[:, :, None], -torch.inf)
+        best, nearest = taken.max(1)
+        leader = scores.masked_fill(~other, -torch.inf).argmax(1, keepdim=True)
+        place = torch.arange(scores.shape[1], device=scores.device)
+        into = torch.where(centre | (place == leader), place, nearest.where(best > -torch.inf, leader))
+        into = into.masked_fill(~seen.valid | (keep == 0)[:, None], -1)
+        return Choice(into == place, into, mass=torch.where(centre, 1.0, scores))
 
 
 @dataclass(frozen=True)
@@ -65,26 +81,3 @@ class OneHeadClsRow(ClsRow):
         states = tower.states(self.layer, record)
         query, key = (rearrange(x, "c h n d -> c 1 n (h d)") for x in (states.query[:, :, :1], states.key))
         return attention_rows(query, key, key.shape[-1] ** -0.5)[:, :, 0, 1:]
-
-
-def pruned_and_merged(
-    keys: PatchKeys, uniform: float, neighbours: int, scores: Tensor, seen: Seen, keep: Tensor
-) -> Choice:
-    """The source map of centres, of the patches that they take in, and of all others, which join the best of these.
-
-    The centres are `uniform` of them evenly spaced and the rest the best: one less than `keep`, for there are others.
-    """
-    centres = (keep - 1).clamp(min=0)
-    spaced = grid(scores, seen, (uniform * centres).long()).keep
-    centre = top_k(scores.masked_fill(spaced, torch.inf), seen, centres).keep
-    other = seen.valid & ~centre
-    key = normalize(seen[keys], dim=1)
-    similar = (key.transpose(1, 2) @ key).masked_fill(~other[:, None], -torch.inf)  # (images, centres, others)
-    least = similar.topk(min(neighbours, similar.shape[2]), dim=2).values[:, :, -1:]
-    taken = similar.masked_fill((similar < least) | ~centre[:, :, None], -torch.inf)
-    best, nearest = taken.max(1)
-    leader = scores.masked_fill(~other, -torch.inf).argmax(1, keepdim=True)
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(nearest)
-    into = torch.where(best > -torch.inf, nearest, leader)
-    into = torch.where(centre | (place == leader), place, into).masked_fill(~seen.valid | (keep == 0)[:, None], -1)
-    return Choice((into == place) & seen.valid, into, mass=torch.where(centre, 1.0, scores))

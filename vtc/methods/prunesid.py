@@ -30,9 +30,8 @@ class PruneSID(Method):
     In a group survivors come first, then the others, by attention.
 
     The code draws the components at random and stops early; here they are exact to rounding. It hands out the CLS token
-    as one of the T; here all T are patches, in raster order, in their positions. The paper's budget by the image's
-    information is not in that code and not built. A tower without a CLS token scores by the mean attention that a patch
-    receives.
+    as one of the T; here all T are patches, in their order and positions. The paper's budget by the image's information
+    is not in that code and not built. A tower without a CLS token scores by the mean attention that a patch receives.
     """
 
     name: ClassVar[str] = "prunesid"
@@ -57,7 +56,7 @@ def _select(states: Need, attention: Tensor, seen: Seen, keep: Tensor) -> Choice
     survivors = groups.sizes(group, stands, loading.shape[2])
     quota = _quota(groups.sizes(group, seen.valid, loading.shape[2]), survivors, keep)
     order = attention.argsort(dim=1).argsort(dim=1) + attention.shape[1] * stands
-    return groups.quota(order, seen, keep, group, quota, survivors)
+    return groups.quota(order.float(), seen, keep, group, quota, survivors)
 
 
 def _mean_cosine(alike: Tensor, valid: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from vtc.choice import Seen
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class RandomKv(Method):
+class RandomKv(AfterPrefill):
     """Keep a random subset of the visual keys and values in each layer's cache, for decoding; prefill is as before.
 
     The subset depends on the seed, the layer, the head and the patch's place alone.
@@ -29,13 +30,9 @@ class RandomKv(Method):
     name: ClassVar[str] = "random-kv"
     paper: ClassVar[str] = "baseline"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        heads = shape.key_heads if self.per_head else 1
-        return tuple(Stage(Cache(layer), partial(self._scores, layer, heads)) for layer in range(shape.decoder_layers))
-
-    def _scores(self, layer: int, heads: int, seen: Seen) -> Tensor:
-        scores = drawn(self.seed, layer, heads, seen)
-        return scores if self.per_head else scores[:, 0]
+    def stage(self, layer: int, shape: Shape) -> Stage:
+        scores = partial(drawn, self.seed, layer, shape.key_heads if self.per_head else 1)
+        return Stage(Cache(layer), scores if self.per_head else lambda seen: scores(seen)[:, 0])
 
 
 def drawn(seed: int, layer: int, heads: int, seen: Seen) -> Tensor:

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.methods.window import Window, WindowRow
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, Window, WindowRow
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class Scissorhands(Method):
+class Scissorhands(AfterPrefill):
     """In each layer's cache keep, for each key head, the visual tokens that are pivotal to most queries of a window.
 
     "Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time" (arXiv
@@ -28,10 +28,7 @@ class Scissorhands(Method):
     name: ClassVar[str] = "scissorhands"
     paper: ClassVar[str] = "Scissorhands, arXiv 2305.17118"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         votes, ties = WindowRow(layer, self.window, pivotal, "sum"), WindowRow(layer, self.window)
         return Stage(Cache(layer), lambda seen: seen[votes] + seen[ties] / (1 + seen[ties]), (votes, ties))
 

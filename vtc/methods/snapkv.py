@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vtc.methods.window import Kernel, Window, WindowRow, pooled
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, Kernel, Window, WindowRow, pooled
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class SnapKV(Method):
+class SnapKV(AfterPrefill):
     """In each layer's cache keep, for each key head, the visual tokens that a window of queries attends to.
 
     "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469): the mean attention of the
@@ -27,9 +27,6 @@ class SnapKV(Method):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         need = WindowRow(layer, self.window)
         return Stage(Cache(layer), lambda seen: pooled(seen[need], seen, self.kernel, self.pooling), (need,))

@@ -31,9 +31,9 @@ class SparseVLM(Progressive):
     the mean attention that raters pay it in the layer before the pruning, over all heads. Of the dropped ones the best
     30 % become a tenth as many tokens, by density peaks of their states, each the plain mean of its cluster.
 
-    A token of a cluster stays where its centre was; the code puts them behind the image, and renumbers. `keep_ratios`
-    count them, so budgets do. The code adds noise to densities; here ties go to the earlier token. The code never keeps
-    all; a full budget here does.
+    A cluster's token stays where its centre was; the code puts them behind the image, and renumbers. `keep_ratios`, and
+    so budgets, count them. Ties of densities, to which the code adds noise, go to the earlier token. The code never
+    keeps all; a full budget here does.
     """
 
     layers: tuple[Layer, ...] | None = None
@@ -76,11 +76,10 @@ class Raters(TokenStates):
         positions, asks = view.text_after_images()
         text = gather(view.hidden.float(), positions)[view.stream.row]
         matches = (text @ super().row(record, view)).masked_fill(asks[..., None] == 0, -torch.inf).softmax(1)
-        valid = view.alive[:, None].expand_as(matches)
-        matched = matches.masked_fill(~valid, 0).sum(2) / valid.sum(2).clamp(min=1)
+        matched = matches.masked_fill(~view.alive[:, None], 0).sum(2) / view.alive.sum(1, keepdim=True).clamp(min=1)
         rates = (matched > 1 / asks.sum(1, keepdim=True)) & (asks > 0)  # the mean of a distribution
         rates = torch.where(rates.any(1, keepdim=True), rates, asks > 0).float()
-        return rates[..., None].expand(-1, -1, valid.shape[2])
+        return rates[..., None].expand_as(matches)
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,17 @@ class RaterRow(DecoderRow):
         rows = self.paid(record, view, positions)
         if self.debiased:
             rows = rows / self._of_ones(view, positions).clamp(min=1e-12)
-        each = view.of_tokens(rows.flatten(1, 2)).unflatten(1, (rows.shape[1], -1))
         raters = view.stream.rows[Raters(0)][:, :, 0]
-        return torch.einsum("ihqn,iq->ihn", each, raters / raters.sum(1, keepdim=True).clamp(min=1))
+        return torch.einsum("ihqn,iq->ihn", view.of_tokens(rows), raters / raters.sum(1, keepdim=True).clamp(min=1))
 
     def _of_ones(self, view: View, positions: Tensor) -> Tensor:
         """What rotary embeddings alone make of attention: (batch, 1, queries, length)."""
-        columns, (cos, sin) = view.stream.columns, view.tables[self.layer]
-        key = view.adapter.rotate(torch.ones(len(positions), 1, *cos.shape[1:], device=cos.device), cos, sin)
-        query = gather(key[:, 0], positions)[:, None]
+        columns = view.stream.columns
+        ones = torch.ones_like(view.tables[self.layer][0], dtype=torch.float32)[:, None]
+        key = view.rotated(self.layer, ones.expand(len(positions), -1, -1, -1))
         seen = view.visibility.rows(self.layer, columns, gather(columns.place, positions))
         scale = view.adapter.decoder_attention(view.adapter.layers[self.layer]).scale
-        return attention_rows(query, key, scale, seen)
+        return attention_rows(gather(key[:, 0], positions)[:, None], key, scale, seen)
 
 
 def recycled(states: TokenStates, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
@@ -120,7 +118,7 @@ def recycled(states: TokenStates, scores: Tensor, seen: Seen, keep: Tensor) -> C
     order = others.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(others.sum(1).max()))]
     picked = others.gather(1, order)
     centre = density_peaks(gather(seen[states].transpose(1, 2), order), picked, clusters.clamp(min=1))
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(best)
+    place = torch.arange(scores.shape[1], device=scores.device)
     into = place.where(best, -1)
     into = into.scatter(1, order, order.gather(1, centre).where(picked, into.gather(1, order)))
-    return Choice((into == place) & seen.valid, into, mass=torch.ones_like(scores))
+    return Choice(into == place, into, mass=torch.ones_like(scores))

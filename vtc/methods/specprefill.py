@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+import vtc.groups as groups
 from vtc.choice import Seen
-from vtc.grids import Grid
+from vtc.grids import cells, squares
 from vtc.methods.window import Kernel, pooled
 from vtc.observe import LastTokenRow
 from vtc.stage import Layer, Method, Shape, Stage
@@ -46,26 +46,8 @@ class SpecPrefill(Method):
 
         def score(seen: Seen) -> Tensor:
             heads = torch.cat([seen[need] for need in needs], dim=1)
-            return by_chunk(pooled(heads, seen, self.kernel).amax(1), seen, self.chunk)
+            chunk = seen.by_grids(partial(squares, side=self.chunk))[0]
+            most = pooled(heads, seen, self.kernel).amax(1)
+            return groups.means(most, chunk, seen.valid, max(map(cells, seen.parts))).gather(1, chunk)
 
         return (Stage(layer, score, needs),)
-
-
-def by_chunk(scores: Tensor, seen: Seen, side: int) -> Tensor:
-    """Scores (images, tokens), each the mean over the tokens in its chunk of `side` x `side` cells of a grid."""
-    table = pad_sequence([_chunks(tuple(grids), side) for grids in seen.parts], batch_first=True).to(scores.device)
-    chunk, total = table.gather(1, seen.index), scores.new_zeros(table.shape)
-    number = total.scatter_add(1, chunk, seen.valid.float())
-    total = total.scatter_add(1, chunk, scores.where(seen.valid, 0))
-    return (total / number.clamp(min=1)).gather(1, chunk)
-
-
-@lru_cache(maxsize=256)
-def _chunks(grids: tuple[Grid, ...], side: int) -> Tensor:
-    """The chunk of each token of an image, (tokens,) int64: counted over its grids."""
-    found, first = [], 0
-    for high, wide in grids:
-        across = -(-wide // side)
-        found.append(first + torch.arange(high)[:, None] // side * across + torch.arange(wide) // side)
-        first += -(-high // side) * across
-    return torch.cat([chunk.flatten() for chunk in found])

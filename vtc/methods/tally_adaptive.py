@@ -16,8 +16,9 @@ import vtc.merge as merge
 from vtc.budget import BudgetError, is_full
 from vtc.choice import Choice, Seen
 from vtc.grids import cells
+from vtc.methods.tally import Tally
 from vtc.methods.ward import ward
-from vtc.observe import PatchStates, TextRow
+from vtc.need import Need
 from vtc.select import top_k
 from vtc.stage import Budget, Layer, Method, Shape, Stage
 
@@ -80,17 +81,13 @@ class TallyAdaptive(Method):
         return replace(self, hidden=most + (least - most) * (share - low) / (high - low))
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        states = PatchStates(shape.tower_layers - 1)
-        merged = merge.weighed(partial(_merged, states, self.hidden))
-        merging = Stage(0, lambda seen: seen.valid.float(), (states,), merged)
-        if self.power == 1:
-            return (merging,)
-        (layer,) = shape.layers(None if self.layer is None else (self.layer,), 1, of=2)
-        text = TextRow(layer)
-        return merging, Stage(layer, lambda seen: seen[text][:, 0], (text,), partial(_cut, self.power))
+        merging, *cutting = Tally(power=self.power, layer=self.layer).stages(shape)
+        merged = merge.weighed(partial(_merged, merging.needs[0], self.hidden))
+        cut = partial(_cut, self.power)
+        return replace(merging, select=merged), *(replace(stage, select=cut) for stage in cutting)
 
 
-def _merged(need: PatchStates, hidden: float, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+def _merged(need: Need, hidden: float, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """Ward's groups of an image's tokens, at least `keep`, each in the place of its first one."""
     states = seen[need].transpose(1, 2)
     into = ward(states, seen.valid, keep, hidden * variation(states, seen.valid))

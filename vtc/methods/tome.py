@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
 from torch.utils.hooks import RemovableHandle
 
 import vtc.compact as compact
@@ -50,12 +51,11 @@ class ToMe(Method):
             if tokens is None:
                 raise ValueError(f"images of this model differ in size: give tome a fraction, not {budget} tokens")
             budget = budget / tokens
-        spent = min(1.0, budget)
-        return replace(self, share=max(spent, self.share or 0.0))
+        return replace(self, share=max(min(1.0, budget), self.share or 0.0))
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         need = MergedPatches(shape.tower_layers - 1, 1.0 if self.share is None else self.share)
-        largest = functools.partial(_largest, need)
+        largest = partial(_largest, need)
         return (Stage(0, lambda seen: seen[need][:, 0], (need,), merge.weighed(largest) if self.weighs else largest),)
 
     def ratios(self) -> tuple[float, ...] | None:
@@ -78,7 +78,7 @@ def matches(key: Tensor, count: int, protected: int) -> Tensor:
     Every other token, from the first on, may join the most similar one of the rest; the `count` most similar pairs do.
     The first `protected` tokens (0 or 1) stay alone. `key` (crops, length, head_dim) is the mean over heads.
     """
-    key = torch.nn.functional.normalize(key.float(), dim=-1)
+    key = normalize(key.float(), dim=-1)
     similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)
     similarity[:, :protected] = -math.inf
     best, partner = similarity.max(-1)
@@ -122,17 +122,15 @@ class MergedPatches(Need):
             if number == self.layer:  # before any hook that reads the block's output
                 handles.append(block.register_forward_hook(self._unmerge, prepend=True))
             else:
-                after = functools.partial(self._merge, number, adapter)
-                handles += [
-                    adapter.tower_attention(block).key.register_forward_hook(self._keep_key),
-                    block.register_forward_hook(after, prepend=True),
-                ]
+                key = adapter.tower_attention(block).key
+                handles.append(key.register_forward_hook(partial(self._keep, "key")))
+                handles.append(block.register_forward_hook(partial(self._merge, number, adapter), prepend=True))
         return handles
 
     def row(self, record: dict[str, Any], tower: Tower) -> Tensor:
         source, size = record["source"], record["size"]
         length, protected = source.shape[1], int(tower.adapter.has_cls())
-        unseen = torch.nn.functional.pad(~_visible(tower, len(source), length - protected), (protected, 0))
+        unseen = pad(~_visible(tower, len(source), length - protected), (protected, 0))
         place = torch.arange(length, device=source.device) + length * unseen.to(source.device)  # the visible come first
         first = torch.full_like(size, 2 * length, dtype=torch.long).scatter_reduce(1, source, place, "amin") % length
         sizes = torch.zeros(source.shape, device=size.device).scatter(1, first, size)
@@ -150,10 +148,6 @@ class MergedPatches(Need):
         if record["size"].shape == record["source"].shape:
             return None
         return hidden, record["size"].log()[:, None, None].to(hidden.dtype), *rest
-
-    def _keep_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if (record := self.record()) is not None:
-            record["key"] = output
 
     def _merge(self, number: int, adapter: Adapter, block: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         """After a block: its share of what there is to merge."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc.methods.window import WindowRow
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, WindowRow
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class TOVA(Method):
+class TOVA(AfterPrefill):
     """In each layer's cache keep the visual tokens that the prompt's last token attends to, its heads averaged.
 
     "Transformers are Multi-State RNNs" (arXiv 2401.06104), Token Omission Via Attention: all heads of a layer hold the
@@ -21,9 +21,6 @@ class TOVA(Method):
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         need = WindowRow(layer, window=1)
         return Stage(Cache(layer), lambda seen: seen[need].mean(1), (need,))

@@ -30,14 +30,12 @@ class TransPrune(Method):
     """
 
     keep_ratios: tuple[Share, Share, Share] = (0.875, 0.625, 0.125)
-    """Shares of the image's tokens after each pruning: the released code's, the paper's "High" (41 % on average)."""
+    """Shares of the image's tokens after each pruning: the released code's, the paper's "High" (41 % on average). Those
+    of its "Low" are not in the code; (0.5, 0.25, 0.0625) give the FLOPs that it prints for it (1.19 T)."""
     alpha: Share = 0.5
     """Weight of TTV. At 1.0 the instruction is not looked at (the paper's TTV-only row)."""
     layers: tuple[Layer, Layer, Layer] | None = None
     """Decoder layers to prune before. None: the paper's 7, 9 and 12 of 32, scaled to the depth of the decoder."""
-
-    LOW: ClassVar[tuple[float, float, float]] = (0.5, 0.25, 0.0625)
-    """Not in the released code; these ratios give the FLOPs that the paper prints for "Low" (1.19 T)."""
 
     name: ClassVar[str] = "transprune"
     paper: ClassVar[str] = "TransPrune, arXiv 2507.20630"
@@ -53,16 +51,15 @@ class TransPrune(Method):
 
     def _stage(self, layer: int, first: int) -> Stage:
         transitions = tuple(TokenTransition(before) for before in range(first, layer))
-        instruction = (TextRow(layer),) if self.alpha < 1 else ()
+        instruction = TextRow(layer)
 
         def score(seen: Seen) -> Tensor:
-            rows = torch.stack([seen[need][:, 0] for need in transitions])
-            transition = scores.share(rows.sum(0), seen.valid)
-            if not instruction:
+            transition = scores.share(torch.stack([seen[need][:, 0] for need in transitions]).sum(0), seen.valid)
+            if self.alpha == 1:
                 return transition
-            return self.alpha * transition + (1 - self.alpha) * scores.share(seen[instruction[0]][:, 0], seen.valid)
+            return self.alpha * transition + (1 - self.alpha) * scores.share(seen[instruction][:, 0], seen.valid)
 
-        return Stage(layer, score, (*transitions, *instruction))
+        return Stage(layer, score, transitions if self.alpha == 1 else (*transitions, instruction))
 
     def ratios(self) -> tuple[float, ...]:
         return self.keep_ratios
@@ -70,10 +67,9 @@ class TransPrune(Method):
 
 @dataclass(frozen=True)
 class TokenTransition(Need):
-    """How strongly the two modules of decoder layer `layer` change each token: (images, 1, tokens).
+    """TTV of the attention and of the feed-forward module of decoder layer `layer`, summed: (images, 1, tokens).
 
-    `token_transition` of the attention and of the feed-forward module, summed; each from its normed input and
-    its output before the residual addition.
+    Eq. 1-3, from a module's normed input and its output before the residual addition. The paper prints 1 - |cos|.
     """
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
@@ -81,25 +77,10 @@ class TokenTransition(Need):
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         def transition(module: str) -> Tensor:
-            changes = torch.stack(change(record[f"{module} in"], record[f"{module} out"]), dim=1)
-            ratio, cosine = view.of_tokens(changes).unbind(1)
-            return token_transition(ratio, cosine, view.alive)
+            before, after = record[f"{module} in"].float(), record[f"{module} out"].float()
+            ratio = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
+            cosine = torch.cosine_similarity(after, before, dim=-1)
+            ratio, cosine = view.of_tokens(torch.stack((ratio, cosine), dim=1)).unbind(1)
+            return (1 - cosine).masked_fill(~view.alive, -torch.inf).softmax(1) * ratio
 
         return (transition("attention") + transition("feed-forward"))[:, None]
-
-
-def change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """What a module did to each token: ||after|| / ||before|| and cos(after, before), both (batch, length) float32."""
-    before, after = before.float(), after.float()
-    ratio = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
-    return ratio, torch.cosine_similarity(after, before, dim=-1)
-
-
-def token_transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
-    """TransPrune's token transition variation of one module (arXiv 2507.20630, Eq. 1-3).
-
-    All (images, tokens), the softmax over an image's tokens. The released code has 1 - cos where the paper prints
-    1 - |cos|; this is the code's.
-    """
-    direction = (1 - cosine).masked_fill(~valid, -torch.inf).softmax(1)
-    return direction * ratio

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.methods.window import Window, WindowRow
-from vtc.stage import Cache, Method, Shape, Stage
+from vtc.methods.window import AfterPrefill, Window, WindowRow
+from vtc.stage import Cache, Shape, Stage
 
 
 @dataclass(frozen=True)
-class VATP(Method):
+class VATP(AfterPrefill):
     """In each layer's cache keep, for each key head, the visual tokens of most attention times length of value.
 
     "Attention Score is Not All You Need for Token Importance Indicator in KV Cache Reduction: Value Also Matters"
@@ -27,10 +27,7 @@ class VATP(Method):
     name: ClassVar[str] = "vatp"
     paper: ClassVar[str] = "VATP, arXiv 2406.12335"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(map(self._stage, range(shape.decoder_layers)))
-
-    def _stage(self, layer: int) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         need = WindowRow(layer, self.window, by_length)
         return Stage(Cache(layer), lambda seen: seen[need], (need,))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Annotated, Any, ClassVar
@@ -13,10 +13,11 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
+import vtc.groups as groups
 import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
-from vtc.grids import Grid
+from vtc.grids import squares
 from vtc.merge import weighed
 from vtc.need import Need
 from vtc.observe import ReceivedAttention, Tower
@@ -36,9 +37,9 @@ class VFlowOpt(Method):
 
     The defaults are the released ones for LLaVA-OneVision-7B at 25 %; `vtc tune` finds them for other models. Where no
     patch passes the threshold all do (the code gets NaN). The entropy is of de-normalised pixels (the code's wraps
-    around) and in bits, as in the code. Recycled tokens count towards the budget exactly; the code's approximately.
-    On images of tiles with newline tokens (LLaVA-NeXT, LLaVA-OneVision) a newline has the importance 0 here and 1 in
-    the code, and cells are a part of each grid's sides here and of a fixed number of patches there.
+    around) and in bits, as in the code. Recycled tokens count towards the budget exactly; the code's approximately. A
+    newline between rows of tiles (LLaVA-NeXT, LLaVA-OneVision) has the importance 0, in the code 1, and cells are a
+    part of each grid's sides, there a fixed number of patches.
     """
 
     retain: tuple[Share, Share, Share] = (0.265, 0.983, 0.877)
@@ -67,18 +68,17 @@ class VFlowOpt(Method):
     }
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        attention = RelevantAttention(shape.tower_layers - 1, self.threshold)
-        entropy = (PatchEntropy(shape.tower_layers - 1),) if self.alpha else ()
+        last = shape.tower_layers - 1
+        attention, entropy = RelevantAttention(last, self.threshold), PatchEntropy(last)
+        needs = (attention, entropy) if self.alpha else (attention,)
 
         def score(seen: Seen) -> Tensor:
             importance = seen[attention][:, 0]
-            return importance + self.alpha * seen[entropy[0]][:, 0] if entropy else importance
+            return importance + self.alpha * seen[entropy][:, 0] if self.alpha else importance
 
-        needs = (attention, *entropy)
-        sites = (0, *shape.layers(self.layers, 9, 18, of=28))
         first: Select = partial(recycle, cell=self.cell)
-        selects = (weighed(first) if self.weighs else first, top_k, top_k)
-        return tuple(Stage(site, score, needs, chosen) for site, chosen in zip(sites, selects, strict=True))
+        inside = (Stage(layer, score, needs) for layer in shape.layers(self.layers, 9, 18, of=28))
+        return Stage(0, score, needs, weighed(first) if self.weighs else first), *inside
 
     def ratios(self) -> tuple[float, ...]:
         return tuple(accumulate(self.retain, mul))
@@ -88,7 +88,7 @@ class VFlowOpt(Method):
 class RelevantAttention(ReceivedAttention):
     """Mean attention that a tower block's relatively important patches pay to each patch: (images, 1, tokens).
 
-    Those are the patches that receive more than `threshold` times the mean, or all where none does (VFlowOpt, Eq. 1-3).
+    Those are the patches that receive more than `threshold` times the mean, or all where none does (Eq. 1-3).
     """
 
     threshold: float
@@ -96,9 +96,8 @@ class RelevantAttention(ReceivedAttention):
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         states = tower.states(self.layer, record)
         received = self.paid(states, tower)
-        valid = torch.ones_like(received, dtype=torch.bool)
-        if states.valid is not None:
-            valid = states.valid[:, int(tower.adapter.has_cls()) :]
+        every = torch.ones_like(received, dtype=torch.bool)
+        valid = every if states.valid is None else states.valid[:, int(tower.adapter.has_cls()) :]
         important = (received > self.threshold * scores.mean(received, valid)[:, None]) & valid
         important = important | ~important.any(1, keepdim=True)
         return self.paid(states, tower, important)[:, None]
@@ -108,8 +107,8 @@ class RelevantAttention(ReceivedAttention):
 class PatchEntropy(Need):
     """Softmax over patches of the Shannon entropy, in bits, of a patch's grey values: (crops, 1, patches).
 
-    Grey is the rounded mean of the de-normalised channels, 256 bins (VFlowOpt, Eq. 4). What pixels were normalised by
-    is known from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
+    Grey is the rounded mean of the de-normalised channels, 256 bins (Eq. 4). What pixels were normalised by is known
+    from the image processor beside the checkpoint; frames of a video are taken to be normalised alike.
     """
 
     tower: ClassVar[bool] = True
@@ -127,9 +126,8 @@ class PatchEntropy(Need):
             pixels = pixels * std + mean
         levels = pixels / processor.rescale_factor if processor.do_rescale else pixels
         grey = levels.mean(2).round().clamp(0, 255).long()
-        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add_(
-            2, grey, torch.ones_like(grey, dtype=torch.float32)
-        )
+        counts = torch.zeros(*grey.shape[:2], 256, device=grey.device)
+        counts.scatter_add_(2, grey, torch.ones_like(grey, dtype=torch.float32))
         entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)
         return entropy.softmax(1)[:, None]
 
@@ -146,35 +144,17 @@ def _processor(adapter: Adapter) -> Any:
 
 
 def recycle(scores: Tensor, seen: Seen, keep: Tensor, cell: float) -> Choice:
-    """VFlowOpt's recycling (arXiv 2508.05211, Eq. 6-7): the best stay, the others become one token a grid cell.
+    """Eq. 6-7: the best stay, the others become one token a grid cell, where its most important one was.
 
-    `cell` is the side of a cell as a part of the grid's. The token of a cell sits where its most important member was.
-    Only for a site where no token has left yet, so that the grid is whole.
+    `cell` is the side of a cell as a part of the grid's. Only where no token has left yet, so that the grid is whole.
     """
-    cells = torch.stack([_cells(tuple(parts), cell, scores.shape[1]) for parts in seen.parts]).to(scores.device)
+    cells = seen.by_grids(partial(squares, side=float(cell)))[0]
     number = int(cells.max()) + 1
     best = top_k(scores, seen, (keep - cells.amax(1) - 1).clamp(min=0)).keep
-    group = torch.where(seen.valid & ~best, cells, number)  # the last group takes all that is not recycled
-    floor = scores.new_full((len(scores), number + 1), -math.inf)
-    highest = floor.scatter_reduce(1, group, scores, "amax").gather(1, group)
-    first = (scores == highest) & (group < number)
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(group)
-    leader = torch.full_like(floor, scores.shape[1], dtype=torch.long)
-    leader = leader.scatter_reduce(1, group, torch.where(first, place, scores.shape[1]), "amin").gather(1, group)
-    leads = (leader == place) & (group < number)
+    rest = seen.valid & ~best
+    leads = rest & (groups.ranks(scores, cells, rest, number) == 0)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(cells)
+    leader = place.new_zeros(len(keep), number + 1).scatter(1, cells.where(leads, number), place).gather(1, cells)
     stays = top_k(torch.where(best | leads, scores + scores.abs().max() * 2 + 1, scores), seen, keep).keep
-    led = (group < number) & ~stays & stays.gather(1, leader.clamp(max=scores.shape[1] - 1))
-    return Choice(stays, torch.where(stays, place, torch.where(led, leader, -1)))
-
-
-@lru_cache(maxsize=64)
-def _cells(parts: tuple[Grid, ...], cell: float, length: int) -> Tensor:
-    """The cell of each token, counted on from grid to grid, padded to `length`."""
-    columns = math.ceil(1 / cell)
-    cells = []
-    for number, (height, width) in enumerate(parts):
-        row = (torch.arange(height) / (cell * height)).floor().long()
-        column = (torch.arange(width) / (cell * width)).floor().long()
-        cells.append((row[:, None] * columns + column).flatten() + number * columns**2)
-    cells = torch.cat(cells).unique(return_inverse=True)[1]  # cells without a token do not count
-    return torch.nn.functional.pad(cells, (0, length - len(cells)))
+    led = rest & ~stays & stays.gather(1, leader)
+    return Choice(stays, torch.where(stays, place, leader.where(led, -1)))

@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
+from vtc.cover import cosines
 from vtc.merge import weighed
 from vtc.observe import PatchKeys, Tower, salience
 from vtc.select import top_k
@@ -69,8 +69,7 @@ def dominant_and_contextual(keys: MeanKeys, share: float, scores: Tensor, seen: 
     place = others.cumsum(1) - 1
     step = (others.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
     target = others & (place % step == 0) & (place // step < contextual[:, None])
-    key = normalize(seen[keys], dim=1)
-    nearest = (key.transpose(1, 2) @ key).masked_fill(~target[:, None], -torch.inf).argmax(2)
+    nearest = cosines(seen[keys]).masked_fill(~target[:, None], -torch.inf).argmax(2)
     stays = target | seen.valid & ~others
     into = torch.where(stays, torch.arange(stays.shape[1], device=stays.device), nearest)
     joins = stays | others & (contextual > 0)[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from einops import reduce
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class VtcCls(Method):
         needs = tuple(salience(shape, layer) for layer in range(depth - layers, depth))
 
         def score(seen: Seen) -> Tensor:
-            return scores.ensemble([scores.head_mean(seen[need]) for need in needs], self.ensemble)
+            rows = [scores.head_mean(seen[need]) for need in needs]
+            return reduce(rows, "layer image token -> image token", self.ensemble)
 
         chosen = select.top_k if self.tiles == "compete" else select.top_k_each
         return (Stage(0, score, needs, chosen, contiguous=self.positions == "contiguous"),)

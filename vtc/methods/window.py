@@ -25,6 +25,7 @@ from vtc.compact import gather
 from vtc.grids import Grid
 from vtc.need import Need
 from vtc.observe import QUERY_BLOCK
+from vtc.stage import Method, Shape, Stage
 from vtc.view import View
 
 Window = Literal["question", "prompt"] | Annotated[int, Field(ge=1)]
@@ -36,6 +37,18 @@ Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What queries make of keys, (batch, key_heads, heads of each, queries, keys) float32: from their attention, of this
 shape; from the values, (batch, key_heads, keys, head_dim) float32; and from what they see, (batch, key_heads, 1,
 queries, keys) bool."""
+
+
+@dataclass(frozen=True)
+class AfterPrefill(Method):
+    """A method of one `stage` at the cache of each decoder layer."""
+
+    def stage(self, layer: int, shape: Shape) -> Stage:
+        """What becomes of the cache of one layer."""
+        raise NotImplementedError
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        return tuple(self.stage(layer, shape) for layer in range(shape.decoder_layers))
 
 
 def attention(rows: Tensor, values: Tensor, seen: Tensor) -> Tensor:

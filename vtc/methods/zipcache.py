@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.methods.window import WindowRow
+from vtc.methods.window import AfterPrefill, WindowRow
 from vtc.packed import Grain
 from vtc.precision import Precision
-from vtc.stage import Cache, Method, Shape, Share, Stage
+from vtc.stage import Cache, Shape, Share, Stage
 from vtc.view import View
 
 
 @dataclass(frozen=True)
-class ZipCache(Method):
+class ZipCache(AfterPrefill):
     """In each layer's cache keep, for each key head, salient visual tokens at `high` bits and the others at `low`.
 
     "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification" (arXiv 2405.14256):
@@ -25,11 +25,10 @@ class ZipCache(Method):
     prompt's last queries and as many of the earlier ones. Keys are rounded channel by channel over the tokens of a
     level; values token by token, over all heads, once each channel is divided by the root of its largest value. The
     released code draws the earlier probes, with replacement, where they are evenly spaced here, so that a prompt's
-    answer does not depend on others.
-    Text is never quantised, and nothing is quantised anew while decoding. Heads choose for themselves: values of
-    different tokens share a scale then, as in the released code. A budget is the size of what a layer holds, scales
-    included. It saves memory and never the first token; reading is not faster, as the cache is dequantised for each
-    step. One above all at `high` keeps the most salient as they are.
+    answer does not depend on others. Text is never quantised, and nothing is quantised anew while decoding. Heads
+    choose for themselves: values of different tokens share a scale then, as in the released code. A budget is the size
+    of what a layer holds, scales included; one above all at `high` keeps the most salient as they are. It saves memory
+    and never the first token; reading is not faster, as the cache is dequantised for each step.
     """
 
     high: Literal[16, 8, 4] = 4
@@ -44,10 +43,7 @@ class ZipCache(Method):
     name: ClassVar[str] = "zipcache"
     paper: ClassVar[str] = "ZipCache, arXiv 2405.14256"
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        return tuple(self._stage(layer, shape) for layer in range(shape.decoder_layers))
-
-    def _stage(self, layer: int, shape: Shape) -> Stage:
+    def stage(self, layer: int, shape: Shape) -> Stage:
         saliency = ProbeRow(layer, reduce=self.reduce, probes=self.probes)
         grains = Grain(channels=1, tokens=True), Grain(heads=True, evened=True)
         levels = tuple(dict.fromkeys((16, self.high, self.low)))
