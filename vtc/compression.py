@@ -48,7 +48,8 @@ class Compression:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: stages are made anew, traces and running calls stay behind."""
-        return {name: x for name, x in vars(self).items() if name not in ("stages", "windows", "running", "_latest", "_last")}
+        own = ("stages", "windows", "running", "_latest", "_last")
+        return {name: x for name, x in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, running=set(), _latest=Trace(), _last=threading.local())
