@@ -17,11 +17,11 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import vtc
+from vtc.cache.held import nbytes
 from vtc.choice import Choice, Seen
 from vtc.demo import speed
 from vtc.demo.media import Picture
 from vtc.eval.reader import Reader
-from vtc.held import nbytes
 from vtc.stage import Budget, Method, Shape, Stage
 
 MODEL = Lock()

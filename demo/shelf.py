@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vtc.clock import Clock
+from vtc.core.clock import Clock
 from vtc.stage import Budget, Method
 from vtc.trace import Reads, Trace
 

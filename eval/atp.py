@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import vtc
-from vtc.call import answering
+from vtc.core.call import answering
 from vtc.eval import progress, scenes
 from vtc.eval.reader import Reader, load, model_path
 from vtc.methods.atp import Atp

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapter, cost
+from vtc.cache.held import nbytes
 from vtc.eval import shapes
-from vtc.held import nbytes
 from vtc.trace import Trace
 
 PARTS = {

@@ -146,18 +146,22 @@ def _model_digest(path: str) -> str | None:
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
 
 
-def _source_digest() -> str:
-    """Tells two states of the code apart, as far as answers depend on it: the library, the adapters, this harness."""
+def sources() -> set[Path]:
+    """The code that answers depend on: the library, the adapters, this harness."""
     from vtc import integrations
 
-    library = Path(vtc.__file__).parent
-    files = {*library.glob("*.py"), *library.glob("methods/*.py"), *Path(integrations.__path__[0]).glob("*.py")}
+    library, here = Path(vtc.__file__).parent, Path(__file__).parent
+    folders = [*(library / room for room in (".", "core", "cache", "methods")), *map(Path, integrations.__path__)]
     harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions")
-    harness = (*harness, "suites", "suite_model", "arguments")
-    files |= {file for file in Path(__file__).parent.glob("*.py") if file.stem in (*harness, "mis")}
-    files |= {*Path(__file__).parent.glob("pages/*.py")}
+    harness = (*harness, "suites", "suite_model", "arguments", "mis")
+    files = {file for folder in (*folders, here / "pages") for file in folder.glob("*.py")}
+    return files | {here / f"{name}.py" for name in harness}
+
+
+def _source_digest() -> str:
+    """Tells two states of `sources` apart."""
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(sources()):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -10,6 +10,7 @@ from oracle import top
 from test_peers_attention import images_of, raters_of, text_after, tower_of, whole
 
 import vtc
+from vtc.core.stream import Stream
 from vtc.grids import evenly_spaced
 from vtc.merge import sizes
 from vtc.methods.density_peaks import density_peaks
@@ -17,7 +18,6 @@ from vtc.methods.prumerge import PruMerge
 from vtc.methods.prumerge_plus import PruMergePlus
 from vtc.methods.sparsevlm import SparseVLM
 from vtc.methods.visionzip import VisionZip
-from vtc.stream import Stream
 
 SEEDS = range(8)
 

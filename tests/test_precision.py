@@ -11,12 +11,12 @@ from test_cache_site import GREEDY, PLAIN, WINDOWED
 from transformers import DynamicCache
 
 import vtc
+from vtc.cache.packed import Codes, Grain, pack, unpack
+from vtc.cache.precision import Precision
 from vtc.choice import Seen
 from vtc.methods.bits import Bits
 from vtc.methods.mikv import MiKV
 from vtc.methods.zipcache import ZipCache
-from vtc.packed import Codes, Grain, pack, unpack
-from vtc.precision import Precision
 
 METHODS = {
     "bits": (Bits(), 0.3),

@@ -170,6 +170,13 @@ def test_contributing_names_all_rooms():
     assert {name for row in table for name in re.findall(r"`(\w+)/?`", row)} == rooms - {"__init__", "__main__"}
 
 
+@pytest.mark.parametrize("folder", ["core", "cache"])
+def test_contributing_names_what_is_in_a_folder(folder):
+    (row,) = re.findall(rf"^\| `{folder}/` \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rooms = {path.stem for path in (Path(vtc.__file__).parent / folder).glob("*.py")} - {"__init__"}
+    assert {*re.findall(r"`(\w+)`", row)} == rooms
+
+
 # -- the name to install by -----------------------------------------------------------------------------------------
 
 STRANGER = re.compile(r"""install[^\n&;|]*?[\s'"]vtc(?![\w./-])|\bvtc\[[a-z]|\bvtc @ |\bvtc-\d|version\("vtc"\)""")

@@ -8,13 +8,13 @@ from test_weights import GREEDY, GROUPS, identical, leader, leading_columns, sta
 
 import vtc
 from vtc.budget import counts
+from vtc.core.stream import Stream
 from vtc.methods import ward as clustering
 from vtc.methods.tally import Tally
 from vtc.methods.tome import ToMe
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.ward import ward
 from vtc.stage import Shape
-from vtc.stream import Stream
 
 
 def price(states, a, b):

@@ -13,8 +13,8 @@ from test_cache_methods import projected
 from test_cache_site import GREEDY, PLAIN, WINDOWED
 
 import vtc
+from vtc.cache.held import nbytes
 from vtc.choice import Seen
-from vtc.held import nbytes
 from vtc.methods.tokenselect import TokenSelect, votes
 from vtc.select import top_k
 from vtc.stage import Stage

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.grids import Grid, places
 from vtc.need import Need
 

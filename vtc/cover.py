@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtc.choice import Choice, Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.need import Need
 
 

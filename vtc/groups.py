@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from vtc.choice import Choice, Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.cover import greedy
 from vtc.scores import rank
 from vtc.select import top_k

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from vtc.adapter import Adapter
 from vtc.attention import TowerStates, attention_rows
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.need import Need
 from vtc.stage import Shape
 from vtc.view import View

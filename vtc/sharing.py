@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from vtc.adapter import Adapter
-from vtc.call import modalities
+from vtc.core.call import modalities
 from vtc.wrapping import hooks_of
 
 

@@ -20,9 +20,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 import vtc.select as select
+from vtc.cache.precision import Precision
 from vtc.choice import Choice, Seen
 from vtc.need import Need
-from vtc.precision import Precision
 
 Budget = int | float
 """Visual tokens per image averaged over the decoder layers (int), or the same as a fraction of all (float)."""

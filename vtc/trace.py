@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc.choice import Choice
-from vtc.clock import Clock
+from vtc.core.clock import Clock
+from vtc.core.stream import Stream
 from vtc.grids import Grid
 from vtc.stage import Cache, Site, Stage
-from vtc.stream import Stream
 
 
 @dataclass

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtc.held as held
+import vtc.cache.held as held
 from vtc.adapter import Adapter
 from vtc.attention import attention_rows
-from vtc.columns import Columns
-from vtc.compact import gather
-from vtc.rotary import Tables
-from vtc.stream import Stream
-from vtc.visibility import Visibility
+from vtc.core.columns import Columns
+from vtc.core.compact import gather
+from vtc.core.rotary import Tables
+from vtc.core.stream import Stream
+from vtc.core.visibility import Visibility
 
 
 @dataclass(frozen=True, eq=False)

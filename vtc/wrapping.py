@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vtc.compression import Compression
-from vtc.force import changed
-from vtc.hooks import Hooks
+from vtc.core.compression import Compression
+from vtc.core.force import changed
+from vtc.core.hooks import Hooks
 from vtc.methods.compose import with_budget
 from vtc.stage import Budget, Method
 from vtc.trace import Trace

@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from vtc.cache.packed import Grain
+from vtc.cache.precision import Precision
 from vtc.methods.random_kv import drawn
 from vtc.methods.window import AfterPrefill
-from vtc.packed import Grain
-from vtc.precision import Precision
 from vtc.stage import Cache, Shape, Stage
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.choice import Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.methods.progressive import Progressive
 from vtc.observe import QUERY_BLOCK, QueriesAndKeys
 from vtc.stage import Layer, Shape, Share, Stage

@@ -18,10 +18,10 @@ import vtc.select as select
 from vtc.adapter import Adapter
 from vtc.attention import attention_rows
 from vtc.choice import Seen, by_head
-from vtc.compact import gather, gather_heads
+from vtc.core.compact import gather, gather_heads
+from vtc.core.patch import before
 from vtc.methods.window import AfterPrefill, Kernel, WindowRow, pooled
 from vtc.need import Need
-from vtc.patch import before
 from vtc.stage import Cache, Shape, Stage
 from vtc.view import View
 

@@ -9,10 +9,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
+from vtc.cache.packed import Grain
+from vtc.cache.precision import Precision
 from vtc.methods.window import AfterPrefill, Window, WindowRow
 from vtc.need import Need
-from vtc.packed import Grain
-from vtc.precision import Precision
 from vtc.stage import Cache, Shape, Stage
 from vtc.view import View
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import vtc.scores as scores
 from vtc.attention import attention_rows
 from vtc.choice import Choice, Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.methods.density_peaks import density_peaks
 from vtc.methods.progressive import Progressive
 from vtc.observe import DecoderRow, TokenStates

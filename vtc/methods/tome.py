@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 from torch.utils.hooks import RemovableHandle
 
-import vtc.compact as compact
+import vtc.core.compact as compact
 import vtc.merge as merge
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen

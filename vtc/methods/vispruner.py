@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.cover import cosines
 from vtc.observe import PatchStates, salience
 from vtc.select import top_k

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.compact import gather
+from vtc.core.compact import gather
 
 
 @torch.no_grad()

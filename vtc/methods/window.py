@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapter import Adapter
 from vtc.choice import Seen
-from vtc.compact import gather
+from vtc.core.compact import gather
 from vtc.grids import Grid
 from vtc.need import Need
 from vtc.observe import QUERY_BLOCK

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtc.cache.packed import Grain
+from vtc.cache.precision import Precision
 from vtc.methods.window import AfterPrefill, WindowRow
-from vtc.packed import Grain
-from vtc.precision import Precision
 from vtc.stage import Cache, Shape, Share, Stage
 from vtc.view import View
 

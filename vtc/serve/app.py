@@ -16,7 +16,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError
 
-from vtc.compression import Compression
+from vtc.core.compression import Compression
 from vtc.methods.compose import with_budget
 from vtc.serve.chat import Chat
 from vtc.serve.encode import NOTHING, Spend

@@ -12,8 +12,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.forward import Forward
-from vtc.hooks import running
+from vtc.core.forward import Forward
+from vtc.core.hooks import running
 from vtc.stage import Budget, Method
 from vtc.wrapping import compressed
 

@@ -18,7 +18,7 @@ from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError,
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from vtc.patch import Patch, around
+from vtc.core.patch import Patch, around
 from vtc.serve.limits import Sizes
 from vtc.serve.memory import Memory
 from vtc.serve.prompt import Prompt

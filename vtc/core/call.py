@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtc.held as held
+import vtc.cache.held as held
 from vtc.adapter import Adapter
-from vtc.clock import Moment, Passage
-from vtc.compression import Compression
-from vtc.features import Encoding
+from vtc.core.clock import Moment, Passage
+from vtc.core.compression import Compression
+from vtc.core.features import Encoding
 from vtc.need import Need, Record
 
 answering: ContextVar[int] = ContextVar("vtc_answering", default=0)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from vtc.compression import Compression
+from vtc.core.compression import Compression
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-import vtc.compact as compact
-from vtc.columns import Columns
-from vtc.packed import Packed, order
-from vtc.precision import Precision
-from vtc.stream import Stream
+import vtc.core.compact as compact
+from vtc.cache.packed import Packed, order
+from vtc.cache.precision import Precision
+from vtc.core.columns import Columns
+from vtc.core.stream import Stream
 
 
 class PackedLayer(DynamicLayer):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-import vtc.compact as compact
-from vtc.columns import Columns
-from vtc.shared import Shared
-from vtc.stream import Stream
+import vtc.core.compact as compact
+from vtc.core.columns import Columns
+from vtc.core.shared import Shared
+from vtc.core.stream import Stream
 
 
 @dataclass(frozen=True, eq=False)

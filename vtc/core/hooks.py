@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import vtc.adapter as adapters
-from vtc.call import Call, modalities, prompt_length
-from vtc.clock import Clock
-from vtc.compression import Compression
-from vtc.features import Encoded, Encoding
-from vtc.force import InForce
-from vtc.forward import Forward
+from vtc.core.call import Call, modalities, prompt_length
+from vtc.core.clock import Clock
+from vtc.core.compression import Compression
+from vtc.core.features import Encoded, Encoding
+from vtc.core.force import InForce
+from vtc.core.forward import Forward
+from vtc.core.patch import Patch, after, around, before
+from vtc.core.skipping import skippable, skipped
 from vtc.need import Need, Record, recording
 from vtc.observe import Tower
-from vtc.patch import Patch, after, around, before
-from vtc.skipping import skippable, skipped
 
 running: ContextVar[Call | Forward | None] = ContextVar("vtc_running", default=None)
 """The call of the backbone that runs, and once its decoder runs, the forward."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.compact import Plan, gather, plan
+from vtc.core.compact import Plan, gather, plan
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-import vtc.compact as compact
-from vtc.shared import Shared
-from vtc.stream import Stream
+import vtc.core.compact as compact
+from vtc.core.shared import Shared
+from vtc.core.stream import Stream
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines, (batch or 1, length, head_dim) each."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import vtc.held as held
+import vtc.cache.held as held
 from vtc.adapter import Adapter
-from vtc.columns import Columns
+from vtc.core.columns import Columns
 
 Sight = tuple[Tensor, Tensor | None]
 """Columns and, where there are any, the blocks of these columns."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtc.held as held
+import vtc.cache.held as held
+from vtc.cache.parted_layer import PartedLayer
 from vtc.choice import Seen
-from vtc.columns import Columns
+from vtc.core.columns import Columns
+from vtc.core.shared import Shared
 from vtc.need import Need
-from vtc.parted_layer import PartedLayer
-from vtc.shared import Shared
 from vtc.stage import Cache, Stage
 from vtc.trace import Reads
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtc.adapter import Adapter
-from vtc.patch import Patch, around
+from vtc.core.patch import Patch, around
 
 skipping: ContextVar[bool] = ContextVar("vtc_skipping", default=False)
 """Whether the running call of the tower leaves them out."""

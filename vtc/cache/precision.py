@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vtc.cache.packed import BITS, HALF, Grain, Packed
 from vtc.choice import Choice, Seen
 from vtc.need import Need
-from vtc.packed import BITS, HALF, Grain, Packed
 from vtc.scores import rank
 
 

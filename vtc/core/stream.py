@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import vtc.compact as compact
+import vtc.core.compact as compact
 import vtc.merge as merge
 from vtc.choice import Choice, Seen
-from vtc.columns import Columns
-from vtc.features import Placed
+from vtc.core.columns import Columns
+from vtc.core.features import Placed
 from vtc.grids import Grid
 from vtc.need import Need
 

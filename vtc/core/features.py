@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.clock import Passage
+from vtc.core.clock import Passage
 from vtc.grids import Grid, cells
 from vtc.need import Need
 

@@ -16,14 +16,14 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-import vtc.compact as compact
+import vtc.core.compact as compact
+from vtc.cache.packed_layer import PackedLayer
+from vtc.cache.parted_layer import PartedLayer
+from vtc.cache.precision import Precision
 from vtc.choice import Choice
-from vtc.columns import Columns
-from vtc.packed_layer import PackedLayer
-from vtc.parted_layer import PartedLayer
-from vtc.precision import Precision
-from vtc.shared import Shared
-from vtc.stream import Stream
+from vtc.core.columns import Columns
+from vtc.core.shared import Shared
+from vtc.core.stream import Stream
 from vtc.trace import Trace
 
 

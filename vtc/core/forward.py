@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtc.compact as compact
-import vtc.held as held
-import vtc.steps as steps
-from vtc.call import Call
+import vtc.cache.held as held
+import vtc.cache.steps as steps
+import vtc.core.compact as compact
+from vtc.cache.held import Held
 from vtc.choice import Choice, by_head
-from vtc.clock import Clock
-from vtc.columns import Columns
-from vtc.compression import Compression
-from vtc.features import locate, tower_rows
-from vtc.held import Held
+from vtc.core.call import Call
+from vtc.core.clock import Clock
+from vtc.core.columns import Columns
+from vtc.core.compression import Compression
+from vtc.core.features import locate, tower_rows
+from vtc.core.rotary import Tables, carried
+from vtc.core.shared import Shared
+from vtc.core.stream import Stream
+from vtc.core.visibility import Visibility
 from vtc.need import Need
-from vtc.rotary import Tables, carried
-from vtc.shared import Shared
 from vtc.stage import Cache, Site, Stage
-from vtc.stream import Stream
 from vtc.trace import Trace
 from vtc.view import View
-from vtc.visibility import Visibility
 
 
 @dataclass(eq=False)
