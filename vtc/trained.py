@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,10 +17,13 @@ from vtc.stage import Budget, Method, read_json
 
 @dataclass(frozen=True)
 class Trained(Method):
-    """A method whose modules were trained for one model and one budget. A subclass says how they are `built`."""
+    """A method whose modules were trained for one model, and for one budget of it. A subclass says how they are `built`."""
 
     modules: nn.ModuleList | None = field(default=None, compare=False, repr=False, kw_only=True)
     """The trained modules. None: those that lie beside the model's checkpoint, by budget."""
+
+    any_budget: ClassVar[bool] = False
+    """Whether the modules do for each budget: they lie in `<checkpoint>/<name>` itself."""
 
     @property
     def parts(self) -> int:
@@ -72,27 +75,36 @@ class Trained(Method):
     def bind(self, model: Any, budget: Budget | None, tokens: int | None) -> Self:
         """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`.
 
-        Raises ValueError where there are none for this budget: a BudgetError where it is lower than all that are.
+        Raises ValueError where there are none for this model or budget: a BudgetError where it is lower than all that
+        are.
         """
         if self.modules is not None:
             return replace(self, modules=self.modules.to(model.device))
         if is_full(budget, tokens):
             return self
         home = getattr(model.config, "_name_or_path", "")  # empty where the model was not loaded from anywhere
-        trained = _trained(Path(home) / self.name) if home else {}
+        where = Path(home) / self.name if home else "this model"
+        if self.any_budget:
+            if home and (Path(where) / "config.json").is_file():
+                return self.from_pretrained(where).bind(model, budget, tokens)
+            raise ValueError(f"{self.name} is trained for one model, and {where} has no modules: {self._how('')}")
+        trained = _trained(Path(where)) if home else {}
         wanted = budget / tokens if isinstance(budget, int) and tokens else budget
         for fraction, path in trained.items():
             if wanted is not None and abs(fraction - wanted) < 0.5 / (tokens or 1e6):
                 return self.from_pretrained(path).bind(model, budget, tokens)
-        where = Path(home) / self.name if home else "this model"
         message = (
             f"{self.name} is trained for one model and one budget, and {where} has modules for "
-            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: train them with "
-            f"`vtc train {self.name} --model PATH --budget B`, or pass {type(self).__name__}.from_pretrained(folder)"
+            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: {self._how(' --budget B')}"
         )
         if trained and wanted is not None and wanted < min(trained):
             raise BudgetError(message, floor=min(trained))
         raise ValueError(message)
+
+    def _how(self, options: str) -> str:
+        """How to get modules."""
+        command = f"vtc train {self.name} --model PATH{options}"
+        return f"train them with `{command}`, or pass {type(self).__name__}.from_pretrained(folder)"
 
 
 def _trained(home: Path) -> dict[float, Path]:

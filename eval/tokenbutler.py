@@ -1,0 +1,155 @@
+"""`vtc train tokenbutler`: the predictor of TokenButler, for one model and every budget.
+
+The model is frozen and reads the training questions whole. What its decoder layers from 1 on make of them, before the
+softmax, is what the predictor has to give:
+
+    loss = mean over layers, key heads, the question's queries and visual tokens of (predicted - q k / sqrt d)^2
+
+The paper has all columns under the causal mask, and heads of queries; what is never dropped is not to be predicted, and
+heads that share a key share its fate: their mean is the target. AdamW, the learning rate falling as a cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+import vtc
+from vtc.adapter import Adapter
+from vtc.attention import attention_logits
+from vtc.choice import Choice, Seen
+from vtc.compact import gather_heads
+from vtc.eval import lessons, scenes
+from vtc.eval.reader import Reader, model_path
+from vtc.methods.tokenbutler import Importance, TokenButler
+from vtc.methods.window import question
+from vtc.need import Need
+from vtc.stage import Method, Shape, Stage
+from vtc.view import View
+
+
+@dataclass(frozen=True)
+class Recipe(lessons.Recipe):
+    """How the predictor is trained."""
+
+    learning_rate: float = 1e-3
+
+
+def train(recipe: Recipe, out: Path | None = None) -> TokenButler:
+    """Train, save into `out` (default: beside the checkpoint, where `vtc.wrap` looks) and return the method.
+
+    Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
+    """
+    path = model_path(recipe.model)
+    reader, shape, width = lessons.frozen(path)
+    torch.manual_seed(recipe.seed)
+
+    def loss(method: TokenButler, step: int) -> tuple[Tensor, str]:
+        _, prompts = lessons.questions(reader, recipe, step)
+        error = missed(reader, method, prompts)[0].mean()
+        return error, f"error {error.item():.3f}"
+
+    return lessons.learn(
+        TokenButler().untrained(shape, width),
+        recipe,
+        out or Path(path) / TokenButler.name,
+        loss,
+        lambda trained: {"explained": explained(reader, trained, recipe)},
+        pace=lambda done: (1 + math.cos(math.pi * done)) / 2,
+    )
+
+
+def explained(reader: Reader, method: TokenButler, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
+    """Of the variance of the logits among an image's tokens, the part that is predicted, on the validation split."""
+    examples, found = scenes.load("val", questions, recipe.seed), []
+    for first in range(0, len(examples), recipe.batch_size):
+        batch = examples[first : first + recipe.batch_size]
+        with torch.inference_mode():
+            found.append(missed(reader, method, reader.inputs([e.image for e in batch], [e.question for e in batch])))
+    error, variance = torch.cat(found, dim=2).mean(2)
+    return {"layers": (1 - error / variance).tolist(), "questions": len(examples)}
+
+
+def missed(reader: Reader, method: TokenButler, prompts: dict[str, Tensor]) -> Tensor:
+    """(2, layers, images): the mean squared error, and the variance of what was to be predicted."""
+    watched = Watched(method)
+    with vtc.compressed(reader.model, watched):
+        reader.model(**prompts, use_cache=False)
+    return watched.found[0]
+
+
+@dataclass(frozen=True)
+class Predicted(Importance):
+    """All predicted logits: (images, layers * key_heads * queries, tokens)."""
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        return torch.cat([rearrange(logits, "i g q n -> i (g q) n") for logits in self.logits(view)], dim=1)
+
+
+@dataclass(frozen=True)
+class Missed(Need):
+    """Squared error of the prediction, and squared deviation of the logits from their mean over the image's tokens, in
+    decoder layer `layer`: (images, 2, tokens), the mean over key heads and the question's queries."""
+
+    predicted: Predicted
+
+    reads_text: ClassVar[bool] = True
+
+    @property
+    def before(self) -> int:
+        return self.layer
+
+    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        return {}
+
+    def row(self, record: dict[str, Tensor], view: View) -> Tensor:
+        logits, (_, asks) = self.logits(view), question(view)
+        count, valid = logits[0, ..., 0].numel(), view.alive[:, None, None]
+        first = (self.layer - self.predicted.layer) * count
+        guess = view.stream.rows[self.predicted][:, first : first + count].reshape(logits.shape)
+        mean = (logits * valid).sum(3, keepdim=True) / valid.sum(3, keepdim=True)
+        both = torch.stack((guess - logits, logits - mean), dim=1) ** 2
+        return torch.einsum("ixgqn,iq->ixn", both, asks / asks.sum(1, keepdim=True)) / logits.shape[1]
+
+    def logits(self, view: View) -> Tensor:
+        """What the layer is about to make of the states, before the softmax: (images, key_heads, queries, tokens)."""
+        layer, positions = view.adapter.layers[self.layer], question(view)[0]
+        attention, hidden = view.adapter.decoder_attention(layer), layer.input_layernorm(view.hidden)
+        query, key = attention.queries(attention.query(hidden)), attention.keys(attention.key(hidden))
+        query = gather_heads(view.rotated(self.layer, query), positions[:, None])
+        logits = attention_logits(query, view.rotated(self.layer, key), attention.scale, attention.softcap).mean(2)
+        tokens = view.of_tokens(rearrange(logits, "b g q n -> b (g q) n"))
+        return rearrange(tokens, "i (g q) n -> i g q n", g=attention.key_heads)
+
+
+@dataclass(frozen=True)
+class Watched(Method):
+    """Drops nothing: the model reads all tokens, and the prediction is held against what its layers see."""
+
+    of: TokenButler
+    found: list[Tensor] = field(default_factory=list, compare=False)
+    """What `missed` returns."""
+
+    name: ClassVar[str] = "watched"
+    paper: ClassVar[str] = "for training"
+    adaptive: ClassVar[bool] = True
+
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        assert self.of.modules is not None
+        predicted = Predicted(1, self.of.modules[0])
+        needs = tuple(Missed(layer, predicted) for layer in range(1, shape.decoder_layers))
+
+        def score(seen: Seen) -> Tensor:
+            rows = torch.stack([seen[need] for need in needs])
+            means = (rows * seen.valid[:, None]).sum(3) / seen.valid.sum(1)[:, None]
+            self.found.append(rearrange(means, "layer image what -> what layer image"))
+            return seen.valid.float()
+
+        last = shape.decoder_layers - 1
+        return (Stage(last, score, (predicted, *needs), lambda scores, seen, keep: Choice(seen.valid)),)
