@@ -84,20 +84,25 @@ def missed(reader: Reader, method: TokenButler, prompts: dict[str, Tensor]) -> T
     return watched.found[0]
 
 
+def weighed(logits: Tensor, view: View) -> Tensor:
+    """Logits (images, key_heads, queries, tokens) as a row, times the root of each query's part in the question."""
+    asks = question(view)[1]
+    parts = asks / asks.sum(1, keepdim=True)
+    return rearrange(logits * parts.sqrt()[:, None, :, None], "i g q n -> i (g q) n")
+
+
 @dataclass(frozen=True)
 class Predicted(Importance):
-    """All predicted logits: (images, layers * key_heads * queries, tokens)."""
+    """All predicted logits, `weighed`: (images, layers * key_heads * queries, tokens)."""
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        return torch.cat([rearrange(logits, "i g q n -> i (g q) n") for logits in self.logits(view)], dim=1)
+        return torch.cat([weighed(logits, view) for logits in self.logits(view)], dim=1)
 
 
 @dataclass(frozen=True)
-class Missed(Need):
-    """Squared error of the prediction, and squared deviation of the logits from their mean over the image's tokens, in
-    decoder layer `layer`: (images, 2, tokens), the mean over key heads and the question's queries."""
-
-    predicted: Predicted
+class Logits(Need):
+    """What decoder layer `layer` makes of what enters it, before the softmax, the mean over the heads that share a key,
+    `weighed`: (images, key_heads * queries, tokens)."""
 
     reads_text: ClassVar[bool] = True
 
@@ -109,23 +114,13 @@ class Missed(Need):
         return {}
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
-        logits, (_, asks) = self.logits(view), question(view)
-        count, valid = logits[0, ..., 0].numel(), view.alive[:, None, None]
-        first = (self.layer - self.predicted.layer) * count
-        guess = view.stream.rows[self.predicted][:, first : first + count].reshape(logits.shape)
-        mean = (logits * valid).sum(3, keepdim=True) / valid.sum(3, keepdim=True)
-        both = torch.stack((guess - logits, logits - mean), dim=1) ** 2
-        return torch.einsum("ixgqn,iq->ixn", both, asks / asks.sum(1, keepdim=True)) / logits.shape[1]
-
-    def logits(self, view: View) -> Tensor:
-        """What the layer is about to make of the states, before the softmax: (images, key_heads, queries, tokens)."""
-        layer, positions = view.adapter.layers[self.layer], question(view)[0]
+        layer, (positions, _) = view.adapter.layers[self.layer], question(view)
         attention, hidden = view.adapter.decoder_attention(layer), layer.input_layernorm(view.hidden)
         query, key = attention.queries(attention.query(hidden)), attention.keys(attention.key(hidden))
         query = gather_heads(view.rotated(self.layer, query), positions[:, None])
         logits = attention_logits(query, view.rotated(self.layer, key), attention.scale, attention.softcap).mean(2)
         tokens = view.of_tokens(rearrange(logits, "b g q n -> b (g q) n"))
-        return rearrange(tokens, "i (g q) n -> i g q n", g=attention.key_heads)
+        return weighed(rearrange(tokens, "i (g q) n -> i g q n", g=attention.key_heads), view)
 
 
 @dataclass(frozen=True)
@@ -143,13 +138,16 @@ class Watched(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         assert self.of.modules is not None
         predicted = Predicted(1, self.of.modules[0])
-        needs = tuple(Missed(layer, predicted) for layer in range(1, shape.decoder_layers))
+        layers = tuple(map(Logits, range(1, shape.decoder_layers)))
 
         def score(seen: Seen) -> Tensor:
-            rows = torch.stack([seen[need] for need in needs])
-            means = (rows * seen.valid[:, None]).sum(3) / seen.valid.sum(1)[:, None]
-            self.found.append(rearrange(means, "layer image what -> what layer image"))
+            logits, valid = torch.stack([seen[need] for need in layers]), seen.valid[:, None]
+            guess = rearrange(seen[predicted], "i (l x) n -> l i x n", l=len(layers))
+            count = valid.sum(2, keepdim=True)
+            middle = (logits * valid).sum(3, keepdim=True) / count
+            squares = torch.stack((guess - logits, logits - middle)) ** 2 * valid
+            self.found.append((squares / count).sum((3, 4)) / shape.key_heads)
             return seen.valid.float()
 
         last = shape.decoder_layers - 1
-        return (Stage(last, score, (predicted, *needs), lambda scores, seen, keep: Choice(seen.valid)),)
+        return (Stage(last, score, (predicted, *layers), lambda scores, seen, keep: Choice(seen.valid)),)
