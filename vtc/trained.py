@@ -31,7 +31,7 @@ class Trained(Method):
         raise NotImplementedError
 
     def built(self, state: dict[str, Tensor]) -> nn.ModuleList:
-        """Untrained modules that `state` fits into. Raises KeyError where it cannot be that of this method."""
+        """Untrained modules that `state` fits into. Raises KeyError or ValueError where it is not this method's."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Trained(Method):
             state = load_file(weights)
             modules = method.built(state)
             modules.load_state_dict(state)
-        except (SafetensorError, KeyError, RuntimeError) as error:
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{weights} does not hold {method.parts} modules of {cls.name}: {' '.join(str(error).split())}"
             ) from None
