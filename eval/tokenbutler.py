@@ -136,8 +136,7 @@ class Watched(Method):
     adaptive: ClassVar[bool] = True
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
-        assert self.of.modules is not None
-        predicted = Predicted(1, self.of.modules[0])
+        predicted = Predicted(1, self.of.predictor)
         layers = tuple(map(Logits, range(1, shape.decoder_layers)))
 
         def score(seen: Seen) -> Tensor:

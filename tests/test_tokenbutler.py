@@ -39,7 +39,9 @@ def drawn(seed, narrow=32):
 
 def questions_and_images(inputs):
     """(row, columns of the question, columns of the image) of each image of the first family's prompts."""
-    for row, (ids, real) in enumerate(zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)):
+    for row, (ids, real) in enumerate(
+        zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+    ):
         places = [place for place, token in enumerate(ids) if token == IMAGE]
         for first in range(0, len(places), 36):
             image = places[first : first + 36]
@@ -165,7 +167,8 @@ def test_what_is_taught_are_the_logits_of_the_untouched_model(model, seed):
         real = inputs["attention_mask"][row].nonzero()[:, 0].tolist()
         guess = predicted(states[row, real].tolist(), method.modules.state_dict())
         for layer in range(1, LAYERS):
-            query, key = (seen[layer, name][row].unflatten(-1, (-1, 8)).transpose(0, 1) for name in ("q_proj", "k_proj"))
+            both = seen[layer, "q_proj"][row], seen[layer, "k_proj"][row]
+            query, key = (x.unflatten(-1, (-1, 8)).transpose(0, 1) for x in both)
             cos, sin = (table[row if len(table) > 1 else 0] for table in seen["rotary"])
             query, key = (x[0] for x in apply_rotary_pos_emb(query[None], key[None], cos[None], sin[None]))
             error = variance = 0.0
@@ -202,11 +205,11 @@ def test_what_comes_later_is_not_seen():
 
 def test_modules_of_another_model_are_refused():
     other = llava(layers=5)
-    with pytest.raises(ValueError, match="of another model: they read states of 32 channels and know 10 key heads in "):
+    with pytest.raises(ValueError, match="read states of 32 channels and know 10 key heads in all layers"):
         vtc.wrap(other, BUTLER, 0.5)
     assert "vtc" not in vars(other)
     wide = TokenButler().untrained(vtc.Shape(5, 4, key_heads=2), 48)
-    with pytest.raises(ValueError, match="states of 48 channels and know 8 key heads in all, and here are 32 and 8"):
+    with pytest.raises(ValueError, match="48 channels and know 8 key heads in all layers, and here are 32 and 8"):
         vtc.wrap(other, wide, 0.5)
 
 
@@ -238,7 +241,7 @@ def test_one_folder_does_for_every_budget_and_a_model_from_nowhere_has_none(fold
     model = llava()
     for home in ("", str(folder)):
         monkeypatch.setattr(model.config, "_name_or_path", home)
-        with pytest.raises(ValueError, match=r"trained for one model, and .* has no modules: .*`vtc train tokenbutler "):
+        with pytest.raises(ValueError, match=r"for one model, and .* has no modules: .*`vtc train tokenbutler "):
             vtc.wrap(model, "tokenbutler", 0.5)
     vtc.wrap(model, "tokenbutler", 1.0)  # nothing leaves, and nobody is asked
     monkeypatch.setattr(model.config, "_name_or_path", str(folder.parent))
@@ -281,7 +284,7 @@ def test_training_teaches_and_wrap_finds_it(checkpoint, tmp_path, monkeypatch):
 
     example = tokenbutler.scenes.example
     monkeypatch.setattr(tokenbutler, "missed", watched)
-    monkeypatch.setattr(tokenbutler.scenes, "example", lambda name, *args: (split.append(name), example(name, *args))[1])
+    monkeypatch.setattr(tokenbutler.scenes, "example", lambda *args: (split.append(args[0]), example(*args))[1])
     recipe = tokenbutler.Recipe(str(checkpoint), steps=60, batch_size=4, learning_rate=1e-2)
     trained = tokenbutler.train(recipe)
     assert sum(errors[50:60]) < 0.7 * sum(errors[:10])

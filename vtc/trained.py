@@ -17,7 +17,7 @@ from vtc.stage import Budget, Method, read_json
 
 @dataclass(frozen=True)
 class Trained(Method):
-    """A method whose modules were trained for one model, and for one budget of it. A subclass says how they are `built`."""
+    """A method whose modules were trained for one model and one budget. A subclass says how they are `built`."""
 
     modules: nn.ModuleList | None = field(default=None, compare=False, repr=False, kw_only=True)
     """The trained modules. None: those that lie beside the model's checkpoint, by budget."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -32,6 +32,7 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int, narrow: int, hidden: int, channels: int):
         super().__init__()
+        self.width, self.channels = width, channels
         self.narrow, self.qkv = nn.Linear(width, narrow), nn.Linear(narrow, 3 * narrow)
         self.norm = nn.LayerNorm(narrow)
         self.feed = nn.Sequential(nn.Linear(narrow, 2 * narrow), nn.SiLU(), nn.Linear(2 * narrow, width))
@@ -67,19 +68,19 @@ class Importance(Need):
 
     reads_text: ClassVar[bool] = True
 
-    predictor: nn.Module | None
+    predictor: Predictor | None
 
     @property
     def before(self) -> int:
         return self.layer
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        shape, width = adapter.shape(), adapter.decoder.config.hidden_size
-        channels, p = (shape.decoder_layers - self.layer) * shape.key_heads, self.predictor
-        if isinstance(p, Predictor) and (p.narrow.in_features, p.key[-1].out_features) != (width, channels * DIM):
+        shape = adapter.shape()
+        here = adapter.decoder.config.hidden_size, (shape.decoder_layers - self.layer) * shape.key_heads
+        if self.predictor is not None and (known := (self.predictor.width, self.predictor.channels)) != here:
             raise ValueError(
-                f"these modules of tokenbutler are of another model: they read states of {p.narrow.in_features} "
-                f"channels and know {p.key[-1].out_features // DIM} key heads in all, and here are {width} and {channels}"
+                f"these modules of tokenbutler are of another model: they read states of {known[0]} channels and know "
+                f"{known[1]} key heads in all layers, and here are {here[0]} and {here[1]}"
             )
         return {}
 
@@ -115,8 +116,12 @@ class TokenButler(Trained):
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         (layer,) = shape.layers((1,), of=1)
-        need = Importance(layer, None if self.modules is None else self.modules[0])
+        need = Importance(layer, self.predictor)
         return (Stage(layer, lambda seen: seen[need][:, 0], (need,)),)
+
+    @property
+    def predictor(self) -> Predictor | None:
+        return None if self.modules is None else cast(Predictor, self.modules[0])
 
     # -- the trained modules --------------------------------------------------------------------------------------
 
