@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import vtc
 from vtc.eval import tokenbutler
 from vtc.eval.reader import load
-from vtc.methods.tokenbutler import Predictor, TokenButler
+from vtc.methods.predictor import Predictor
+from vtc.methods.tokenbutler import TokenButler
 
 SEEDS = range(5)
 LAYERS, HEADS, WIDTH = 6, 2, 32
