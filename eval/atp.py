@@ -23,7 +23,7 @@ from torch import Tensor
 import vtc
 from vtc.call import answering
 from vtc.eval import lessons, scenes
-from vtc.eval.reader import Reader, model_path
+from vtc.eval.reader import Reader
 from vtc.methods.atp import Atp
 from vtc.trace import Trace
 
@@ -40,26 +40,17 @@ class Recipe(lessons.Recipe):
 
 
 def train(recipe: Recipe, out: Path | None = None) -> Atp:
-    """Train, save into `out` (default: beside the checkpoint, where `vtc.wrap` looks) and return the method.
+    """`lessons.learn` the thresholds of one budget."""
 
-    Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
-    """
-    path = model_path(recipe.model)
-    reader, shape, width = lessons.frozen(path)
-    torch.manual_seed(recipe.seed)
-
-    def loss(method: Atp, step: int) -> tuple[Tensor, str]:
+    def loss(reader: Reader, method: Atp, step: int) -> tuple[Tensor, str]:
         steeper = (recipe.sharpest / method.sharpness) ** (step / max(1, recipe.steps - 1))
         found, average = _loss(reader, replace(method, sharpness=method.sharpness * steeper), recipe, step)
         return found, f"average {average:.3f} for {recipe.budget:g}"
 
-    return lessons.learn(
-        Atp().untrained(shape, width),
-        recipe,
-        out or Path(path) / "atp" / f"{recipe.budget:g}",
-        loss,
-        lambda trained: {"spread": spread(reader, trained, recipe)},
-    )
+    def report(reader: Reader, method: Atp) -> dict[str, Any]:
+        return {"spread": spread(reader, method, recipe)}
+
+    return lessons.learn(Atp(), recipe, out, f"{Atp.name}/{recipe.budget:g}", loss, report)
 
 
 def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) -> dict[str, Any]:

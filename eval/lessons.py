@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vtc
 from vtc.eval import progress, scenes
-from vtc.eval.reader import Reader, load
+from vtc.eval.reader import Reader, load, model_path
 from vtc.trained import Trained
 
 M = TypeVar("M", bound=Trained)
@@ -31,14 +31,6 @@ class Recipe:
     seed: int = 0
 
 
-def frozen(path: str) -> tuple[Reader, vtc.Shape, int]:
-    """The model of a folder that learns nothing, its shape, and the width of its decoder."""
-    reader = load(path, str(Accelerator(cpu=not torch.cuda.is_available()).device))
-    reader.model.requires_grad_(False)
-    adapter = vtc.adapter.find(reader.model)
-    return reader, adapter.shape(), adapter.decoder.config.hidden_size
-
-
 def questions(reader: Reader, recipe: Recipe, step: int) -> tuple[list[scenes.Example], dict[str, Tensor]]:
     """The questions of the training split that a step reads, and their prompts."""
     first = step * recipe.batch_size
@@ -47,24 +39,33 @@ def questions(reader: Reader, recipe: Recipe, step: int) -> tuple[list[scenes.Ex
 
 
 def learn(
-    untrained: M,
+    method: M,
     recipe: Recipe,
-    out: Path,
-    loss: Callable[[M, int], tuple[Tensor, str]],
-    report: Callable[[M], dict[str, Any]],
+    out: Path | None,
+    folder: str,
+    loss: Callable[[Reader, M, int], tuple[Tensor, str]],
+    report: Callable[[Reader, M], dict[str, Any]],
     pace: Callable[[float], float] = lambda done: 1.0,
 ) -> M:
-    """Train the modules, save them into `out` and return the method with them. Beside them lies report.json.
+    """Train new modules for a method, save them and return the method with them. Beside them lies report.json.
 
     Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
 
     Args:
-        untrained: the method with new modules.
+        method: one without modules.
+        out: where to save; None: in `folder` beside the checkpoint, where `vtc.wrap` looks.
         loss: of the method, its modules in training, at a step; and what the bar is to say.
         report: what report.json has to tell of the trained method.
         pace: the learning rate's factor when this part of the steps is done.
     """
+    path = model_path(recipe.model)
+    out = out or Path(path) / folder
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    reader = load(path, str(accelerator.device))
+    reader.model.requires_grad_(False)
+    torch.manual_seed(recipe.seed)
+    adapter = vtc.adapter.find(reader.model)
+    untrained = method.untrained(adapter.shape(), adapter.decoder.config.hidden_size)
     assert untrained.modules is not None
     optimizer = torch.optim.AdamW(untrained.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     modules, optimizer = accelerator.prepare(untrained.modules, optimizer)
@@ -73,7 +74,7 @@ def learn(
         for step in range(done, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * pace(step / recipe.steps)
-            found, said = loss(replace(untrained, modules=modules.train()), step)
+            found, said = loss(reader, replace(untrained, modules=modules.train()), step)
             optimizer.zero_grad()
             accelerator.backward(found)
             optimizer.step()
@@ -82,7 +83,7 @@ def learn(
                 _save(out, recipe, modules, optimizer, step + 1)
     trained = replace(untrained, modules=accelerator.unwrap_model(modules).eval())
     trained.save_pretrained(out)
-    told = {"recipe": asdict(recipe), **report(trained)}
+    told = {"recipe": asdict(recipe), **report(reader, trained)}
     (out / "report.json").write_text(json.dumps(told, indent=2) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
     accelerator.end_training()

@@ -18,18 +18,17 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 import vtc
-from vtc.adapter import Adapter
 from vtc.attention import attention_logits
 from vtc.choice import Choice, Seen
 from vtc.compact import gather_heads
 from vtc.eval import lessons, scenes
-from vtc.eval.reader import Reader, model_path
+from vtc.eval.reader import Reader
 from vtc.methods.tokenbutler import Importance, TokenButler
 from vtc.methods.window import question
-from vtc.need import Need
+from vtc.observe import DecoderRow
 from vtc.stage import Method, Shape, Stage
 from vtc.view import View
 
@@ -42,27 +41,19 @@ class Recipe(lessons.Recipe):
 
 
 def train(recipe: Recipe, out: Path | None = None) -> TokenButler:
-    """Train, save into `out` (default: beside the checkpoint, where `vtc.wrap` looks) and return the method.
+    """`lessons.learn` the predictor."""
 
-    Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
-    """
-    path = model_path(recipe.model)
-    reader, shape, width = lessons.frozen(path)
-    torch.manual_seed(recipe.seed)
-
-    def loss(method: TokenButler, step: int) -> tuple[Tensor, str]:
-        _, prompts = lessons.questions(reader, recipe, step)
-        error = missed(reader, method, prompts)[0].mean()
+    def loss(reader: Reader, method: TokenButler, step: int) -> tuple[Tensor, str]:
+        error = missed(reader, method, lessons.questions(reader, recipe, step)[1])[0].mean()
         return error, f"error {error.item():.3f}"
 
-    return lessons.learn(
-        TokenButler().untrained(shape, width),
-        recipe,
-        out or Path(path) / TokenButler.name,
-        loss,
-        lambda trained: {"explained": explained(reader, trained, recipe)},
-        pace=lambda done: (1 + math.cos(math.pi * done)) / 2,
-    )
+    def report(reader: Reader, method: TokenButler) -> dict[str, Any]:
+        return {"explained": explained(reader, method, recipe)}
+
+    def cosine(done: float) -> float:
+        return (1 + math.cos(math.pi * done)) / 2
+
+    return lessons.learn(TokenButler(), recipe, out, TokenButler.name, loss, report, cosine)
 
 
 def explained(reader: Reader, method: TokenButler, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
@@ -100,18 +91,11 @@ class Predicted(Importance):
 
 
 @dataclass(frozen=True)
-class Logits(Need):
+class Logits(DecoderRow):
     """What decoder layer `layer` makes of what enters it, before the softmax, the mean over the heads that share a key,
     `weighed`: (images, key_heads * queries, tokens)."""
 
-    reads_text: ClassVar[bool] = True
-
-    @property
-    def before(self) -> int:
-        return self.layer
-
-    def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        return {}
+    ahead: bool = True
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         layer, (positions, _) = view.adapter.layers[self.layer], question(view)

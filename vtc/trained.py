@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtc.budget import BudgetError, is_full
-from vtc.stage import Budget, Method, read_json
+from vtc.stage import Budget, Method, Shape, read_json
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Trained(Method):
 
     any_budget: ClassVar[bool] = False
     """Whether the modules do for each budget: they lie in `<checkpoint>/<name>` itself."""
+
+    def untrained(self, shape: Shape, width: int) -> Self:
+        """With new modules for a model of this shape, ready for training; `width` is its decoder's."""
+        raise NotImplementedError
 
     @property
     def parts(self) -> int:

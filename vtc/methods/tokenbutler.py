@@ -14,14 +14,14 @@ from vtc.adapter import Adapter
 from vtc.compact import gather_heads
 from vtc.methods.predictor import DIM, Predictor
 from vtc.methods.window import question
-from vtc.need import Need
+from vtc.observe import TokenStates
 from vtc.stage import Shape, Stage
 from vtc.trained import Trained
 from vtc.view import View
 
 
 @dataclass(frozen=True)
-class Importance(Need):
+class Importance(TokenStates):
     """Predicted attention of the question to the visual tokens, (images, 1, tokens), from the states entering `layer`.
 
     The mean over the queries, and over the key heads of all layers from `layer` on.
@@ -30,10 +30,6 @@ class Importance(Need):
     reads_text: ClassVar[bool] = True
 
     predictor: Predictor | None
-
-    @property
-    def before(self) -> int:
-        return self.layer
 
     def modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         shape = adapter.shape()
@@ -87,7 +83,6 @@ class TokenButler(Trained):
     # -- the trained modules --------------------------------------------------------------------------------------
 
     def untrained(self, shape: Shape, width: int) -> TokenButler:
-        """With a new predictor for this model, ready for training; `width` is the decoder's."""
         narrow, channels = max(DIM, width // 4 // DIM * DIM), (shape.decoder_layers - 1) * shape.key_heads
         return replace(self, modules=nn.ModuleList([Predictor(width, narrow, min(512, width), channels)]))
 
