@@ -50,7 +50,7 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
     def report(reader: Reader, method: Atp) -> dict[str, Any]:
         return {"spread": spread(reader, method, recipe)}
 
-    return lessons.learn(Atp(), recipe, out, f"{Atp.name}/{recipe.budget:g}", loss, report)
+    return lessons.learn(Atp().untrained, recipe, out, f"{Atp.name}/{recipe.budget:g}", loss, report)
 
 
 def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 import vtc
 from vtc.eval import progress, scenes
 from vtc.eval.reader import Reader, load, model_path
+from vtc.stage import Shape
 from vtc.trained import Trained
 
 M = TypeVar("M", bound=Trained)
@@ -39,7 +40,7 @@ def questions(reader: Reader, recipe: Recipe, step: int) -> tuple[list[scenes.Ex
 
 
 def learn(
-    method: M,
+    untrained: Callable[[Shape, int], M],
     recipe: Recipe,
     out: Path | None,
     folder: str,
@@ -47,12 +48,12 @@ def learn(
     report: Callable[[Reader, M], dict[str, Any]],
     pace: Callable[[float], float] = lambda done: 1.0,
 ) -> M:
-    """Train new modules for a method, save them and return the method with them. Beside them lies report.json.
+    """Train the modules of a method, save them and return the method with them. Beside them lies report.json.
 
     Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
 
     Args:
-        method: one without modules.
+        untrained: the method with new modules, for a model of this shape and width.
         out: where to save; None: in `folder` beside the checkpoint, where `vtc.wrap` looks.
         loss: of the method, its modules in training, at a step; and what the bar is to say.
         report: what report.json has to tell of the trained method.
@@ -65,23 +66,23 @@ def learn(
     reader.model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
     adapter = vtc.adapter.find(reader.model)
-    untrained = method.untrained(adapter.shape(), adapter.decoder.config.hidden_size)
-    assert untrained.modules is not None
-    optimizer = torch.optim.AdamW(untrained.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
-    modules, optimizer = accelerator.prepare(untrained.modules, optimizer)
+    method = untrained(adapter.shape(), adapter.decoder.config.hidden_size)
+    assert method.modules is not None
+    optimizer = torch.optim.AdamW(method.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    modules, optimizer = accelerator.prepare(method.modules, optimizer)
     done = _resume(out, recipe, modules, optimizer)
-    with progress.bar(untrained.name, recipe.steps, done) as tick:
+    with progress.bar(method.name, recipe.steps, done) as tick:
         for step in range(done, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * pace(step / recipe.steps)
-            found, said = loss(reader, replace(untrained, modules=modules.train()), step)
+            found, said = loss(reader, replace(method, modules=modules.train()), step)
             optimizer.zero_grad()
             accelerator.backward(found)
             optimizer.step()
-            tick(say=f"{untrained.name}: {said}")
+            tick(say=f"{method.name}: {said}")
             if (step + 1) % 50 == 0:
                 _save(out, recipe, modules, optimizer, step + 1)
-    trained = replace(untrained, modules=accelerator.unwrap_model(modules).eval())
+    trained = replace(method, modules=accelerator.unwrap_model(modules).eval())
     trained.save_pretrained(out)
     told = {"recipe": asdict(recipe), **report(reader, trained)}
     (out / "report.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -21,7 +21,6 @@ from einops import rearrange
 from torch import Tensor
 
 import vtc
-from vtc.attention import attention_logits
 from vtc.choice import Choice, Seen
 from vtc.compact import gather_heads
 from vtc.eval import lessons, scenes
@@ -53,7 +52,7 @@ def train(recipe: Recipe, out: Path | None = None) -> TokenButler:
     def cosine(done: float) -> float:
         return (1 + math.cos(math.pi * done)) / 2
 
-    return lessons.learn(TokenButler(), recipe, out, TokenButler.name, loss, report, cosine)
+    return lessons.learn(TokenButler().untrained, recipe, out, TokenButler.name, loss, report, cosine)
 
 
 def explained(reader: Reader, method: TokenButler, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
@@ -102,8 +101,11 @@ class Logits(DecoderRow):
         attention, hidden = view.adapter.decoder_attention(layer), layer.input_layernorm(view.hidden)
         query, key = attention.queries(attention.query(hidden)), attention.keys(attention.key(hidden))
         query = gather_heads(view.rotated(self.layer, query), positions[:, None])
-        logits = attention_logits(query, view.rotated(self.layer, key), attention.scale, attention.softcap).mean(2)
-        tokens = view.of_tokens(rearrange(logits, "b g q n -> b (g q) n"))
+        query = rearrange(query.float(), "b (g r) q d -> b g r q d", g=attention.key_heads)
+        logits = query @ view.rotated(self.layer, key).float().transpose(2, 3)[:, :, None] * attention.scale
+        if attention.softcap is not None:
+            logits = (logits / attention.softcap).tanh() * attention.softcap
+        tokens = view.of_tokens(rearrange(logits.mean(2), "b g q n -> b (g q) n"))
         return weighed(rearrange(tokens, "i (g q) n -> i g q n", g=attention.key_heads), view)
 
 

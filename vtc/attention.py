@@ -73,20 +73,15 @@ def attention_rows(
     Returns:
         (batch, heads, queries, length) float32.
     """
-    logits = attention_logits(query, key, scale, softcap)
+    groups, queries = key.shape[1], query.shape[2]
+    query = rearrange(query.float() * scale, "b (g r) q d -> b g (r q) d", g=groups)
+    logits = query @ key.float().transpose(-1, -2)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    logits = rearrange(logits, "b g (r q) n -> b g r q n", q=queries)
     if weight is not None:
         logits = logits + (weight if weight.ndim == 3 else weight[:, None])[:, :, None, None].log()
     if visible is not None:
         visible = visible if visible.ndim == 4 else visible[:, None]
         logits = logits.masked_fill(~visible[:, :, None], torch.finfo(torch.float32).min)
     return rearrange(logits.softmax(-1), "b g r q n -> b (g r) q n")
-
-
-def attention_logits(query: Tensor, key: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """What `attention_rows` takes the softmax of: (batch, key_heads, heads of each, queries, length) float32."""
-    groups, queries = key.shape[1], query.shape[2]
-    query = rearrange(query.float() * scale, "b (g r) q d -> b g (r q) d", g=groups)
-    logits = query @ key.float().transpose(-1, -2)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    return rearrange(logits, "b g (r q) n -> b g r q n", q=queries)

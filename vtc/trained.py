@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtc.budget import BudgetError, is_full
-from vtc.stage import Budget, Method, Shape, read_json
+from vtc.stage import Budget, Method, read_json
 
 
 @dataclass(frozen=True)
 class Trained(Method):
-    """A method whose modules were trained for one model and one budget. A subclass says how they are `built`."""
+    """A method whose modules were trained for one model, or one budget of it. A subclass says how they are `built`."""
 
     modules: nn.ModuleList | None = field(default=None, compare=False, repr=False, kw_only=True)
-    """The trained modules. None: those that lie beside the model's checkpoint, by budget."""
-
-    any_budget: ClassVar[bool] = False
-    """Whether the modules do for each budget: they lie in `<checkpoint>/<name>` itself."""
-
-    def untrained(self, shape: Shape, width: int) -> Self:
-        """With new modules for a model of this shape, ready for training; `width` is its decoder's."""
-        raise NotImplementedError
+    """The trained modules. None: those that lie beside the model's checkpoint, by budget or for all of them."""
 
     @property
     def parts(self) -> int:
@@ -48,8 +41,7 @@ class Trained(Method):
         """Write config.json and model.safetensors. Raises ValueError where there are no modules."""
         if self.modules is None:
             raise ValueError(f"{self.name} has no modules to save: train them first")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         settings = replace(self, modules=None).settings()
         del settings["method"]
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -77,10 +69,9 @@ class Trained(Method):
         return replace(method, modules=modules.eval().requires_grad_(False))
 
     def bind(self, model: Any, budget: Budget | None, tokens: int | None) -> Self:
-        """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`.
-
-        Raises ValueError where there are none for this model or budget: a BudgetError where it is lower than all that
-        are.
+        """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`, or, for
+        every budget, in `<checkpoint>/<name>`. Raises ValueError where there are none: a BudgetError where this budget
+        is lower than all there are.
         """
         if self.modules is not None:
             return replace(self, modules=self.modules.to(model.device))
@@ -88,27 +79,21 @@ class Trained(Method):
             return self
         home = getattr(model.config, "_name_or_path", "")  # empty where the model was not loaded from anywhere
         where = Path(home) / self.name if home else "this model"
-        if self.any_budget:
-            if home and (Path(where) / "config.json").is_file():
-                return self.from_pretrained(where).bind(model, budget, tokens)
-            raise ValueError(f"{self.name} is trained for one model, and {where} has no modules: {self._how('')}")
+        if home and (Path(where) / "config.json").is_file():
+            return self.from_pretrained(where).bind(model, budget, tokens)
         trained = _trained(Path(where)) if home else {}
         wanted = budget / tokens if isinstance(budget, int) and tokens else budget
         for fraction, path in trained.items():
             if wanted is not None and abs(fraction - wanted) < 0.5 / (tokens or 1e6):
                 return self.from_pretrained(path).bind(model, budget, tokens)
         message = (
-            f"{self.name} is trained for one model and one budget, and {where} has modules for "
-            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: {self._how(' --budget B')}"
+            f"{self.name} is trained for one model, and {where} has modules for "
+            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: train them (see "
+            f"`vtc train {self.name} --help`), or pass {type(self).__name__}.from_pretrained(folder)"
         )
         if trained and wanted is not None and wanted < min(trained):
             raise BudgetError(message, floor=min(trained))
         raise ValueError(message)
-
-    def _how(self, options: str) -> str:
-        """How to get modules."""
-        command = f"vtc train {self.name} --model PATH{options}"
-        return f"train them with `{command}`, or pass {type(self).__name__}.from_pretrained(folder)"
 
 
 def _trained(home: Path) -> dict[float, Path]:

@@ -154,6 +154,7 @@ class Atp(Trained):
     # -- the trained modules --------------------------------------------------------------------------------------
 
     def untrained(self, shape: Shape, width: int) -> Atp:
+        """With new modules for this model, ready for training; `width` is the decoder's."""
         return replace(self, modules=nn.ModuleList(Thresholds(width) for _ in self.stages(shape)))
 
     @property

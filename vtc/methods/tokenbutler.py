@@ -63,13 +63,19 @@ class Importance(TokenStates):
 class TokenButler(Trained):
     """Before decoder layer 1 drop the visual tokens that a predictor expects the later layers to attend to least.
 
-    "TokenButler: Token Importance is Predictable" (arXiv 2503.07518): one predictor beside layer 0, with the layers and
-    heads of the whole decoder in its outputs, is trained to give their logits before the softmax; the model is frozen.
+    "TokenButler: Token Importance is Predictable" (arXiv 2503.07518): one predictor beside layer 0, with the heads of
+    all later layers in its outputs, is trained to give their logits before the softmax; the model is frozen.
+
+    Different here, as visual tokens leave in the prefill: the paper drops nothing, and each query of each layer and
+    head reads its own choice of keys. Here a token's predicted attention, the softmax over its image, is averaged over
+    the question, heads and layers, and what leaves before layer 1 has left for all of them. So only the columns of
+    visual tokens in the rows of the question are learnt, of key heads instead of query heads (`vtc.eval.tokenbutler`).
+    The predictor reads what the attention of layer 1 reads: layer 0 is whole, as in the paper. Left out: the paper's
+    second MLP, which predicts how much a head matters.
     """
 
     name: ClassVar[str] = "tokenbutler"
     paper: ClassVar[str] = "TokenButler, arXiv 2503.07518"
-    any_budget: ClassVar[bool] = True
 
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         (layer,) = shape.layers((1,), of=1)
@@ -83,6 +89,7 @@ class TokenButler(Trained):
     # -- the trained modules --------------------------------------------------------------------------------------
 
     def untrained(self, shape: Shape, width: int) -> TokenButler:
+        """With a new predictor for this model, ready for training; `width` is the decoder's."""
         narrow, channels = max(DIM, width // 4 // DIM * DIM), (shape.decoder_layers - 1) * shape.key_heads
         return replace(self, modules=nn.ModuleList([Predictor(width, narrow, min(512, width), channels)]))
 
