@@ -36,6 +36,8 @@ from vtc.view import View
 class Recipe(lessons.Recipe):
     """How the predictor is trained."""
 
+    steps: int = 600
+    batch_size: int = 16
     learning_rate: float = 1e-3
 
 

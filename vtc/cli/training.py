@@ -56,8 +56,8 @@ def atp(
 
 def tokenbutler(
     model: Model = "reference",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 16,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
 ) -> None:
