@@ -189,15 +189,15 @@ def test_what_is_taught_are_the_logits_of_the_untouched_model(model, seed):
 def test_what_comes_later_is_not_seen():
     """Changing a state changes queries and keys of the prompt from its place on; changing filling changes none."""
     predictor = drawn(0).modules[0]
-    states, place = torch.randn(1, 9, WIDTH), torch.tensor([[-1, -1, *range(2, 9)]])
+    states, place, every = torch.randn(1, 9, WIDTH), torch.tensor([[-1, -1, *range(2, 9)]]), torch.arange(9)[None]
     changed = states.clone()
     changed[0, 6] += 1
-    for before, after in zip(predictor(states, place), predictor(changed, place), strict=True):
+    for before, after in zip(predictor(states, place, every), predictor(changed, place, every), strict=True):
         moved = (before != after).any(-1).any(1)[0, 2:].tolist()
         assert moved == [False] * 4 + [True] * 3
     changed = states.clone()
     changed[0, :2] += 1
-    for before, after in zip(predictor(states, place), predictor(changed, place), strict=True):
+    for before, after in zip(predictor(states, place, every), predictor(changed, place, every), strict=True):
         assert torch.equal(before[:, :, 2:], after[:, :, 2:])
 
 

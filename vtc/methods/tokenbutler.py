@@ -11,7 +11,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.compact import gather_heads
 from vtc.methods.predictor import DIM, Predictor
 from vtc.methods.window import question
 from vtc.observe import TokenStates
@@ -45,12 +44,11 @@ class Importance(TokenStates):
         """For each layer from `layer` on, q k / sqrt(DIM) of the `question`: (images, key_heads, queries, tokens)."""
         assert self.predictor is not None, "bind finds it or raises"
         states = view.adapter.layers[self.layer].input_layernorm(view.hidden)
-        query, key = self.predictor(states.float(), view.stream.columns.place)
-        positions, heads = question(view)[0], view.adapter.shape().key_heads
-        asking = gather_heads(query, positions[:, None])
-        for own, keys in zip(asking.split(heads, dim=1), key.split(heads, dim=1), strict=True):
-            rows = rearrange(own @ keys.transpose(2, 3) / DIM**0.5, "b g q n -> b (g q) n")
-            yield rearrange(view.of_tokens(rows), "i (g q) n -> i g q n", g=heads)
+        query, key = self.predictor(states.float(), view.stream.columns.place, question(view)[0])
+        key = rearrange(view.of_tokens(rearrange(key, "b c n d -> b (c d) n")), "i (c d) n -> i c d n", d=DIM)
+        heads = view.adapter.shape().key_heads
+        for asks, seen in zip(query[view.stream.row].split(heads, dim=1), key.split(heads, dim=1), strict=True):
+            yield asks @ seen / DIM**0.5
 
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         asks = question(view)[1]
