@@ -12,75 +12,45 @@ The gates get steeper while the training runs, so that soft and hard agree in th
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import vtc
 from vtc.core.call import answering
-from vtc.eval import progress, scenes
-from vtc.eval.reader import Reader, load, model_path
+from vtc.eval import lessons, scenes
+from vtc.eval.reader import Reader
 from vtc.methods.atp import Atp
 from vtc.trace import Trace
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(lessons.Recipe):
     """How the modules of one budget are trained. `budget` is a fraction of the image's tokens."""
 
-    model: str = "reference"
     budget: float = 0.25
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 1e-2
     lambda_atp: float = 0.01
     lambda_target: float = 4.0
     sharpest: float = 60.0
     """The slope of the gates in the last step; it rises from the method's own."""
-    seed: int = 0
 
 
 def train(recipe: Recipe, out: Path | None = None) -> Atp:
-    """Train, save into `out` (default: beside the checkpoint, where `vtc.wrap` looks) and return the method.
+    """`lessons.learn` the thresholds of one budget."""
 
-    Goes on from `out`/state.pt when it is there. Raises ValueError where that belongs to another recipe.
-    """
-    path = model_path(recipe.model)
-    out = out or Path(path) / "atp" / f"{recipe.budget:g}"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    reader = load(path, str(accelerator.device))
-    reader.model.requires_grad_(False)
-    torch.manual_seed(recipe.seed)
-    adapter = vtc.adapter.find(reader.model)
-    method = Atp().untrained(adapter.shape(), adapter.decoder.config.hidden_size)
-    modules, optimizer = accelerator.prepare(
-        method.modules, torch.optim.AdamW(method.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
-    )
-    done = _resume(out, recipe, modules, optimizer)
-    with progress.bar(f"atp at {recipe.budget:g}", recipe.steps, done) as tick:
-        for step in range(done, recipe.steps):
-            sharpness = method.sharpness * (recipe.sharpest / method.sharpness) ** (step / max(1, recipe.steps - 1))
-            soft = replace(method, sharpness=sharpness, modules=modules.train())
-            loss, average = _loss(reader, soft, recipe, step)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            tick(say=f"atp at {recipe.budget:g}: average {average:.3f}")
-            if (step + 1) % 50 == 0:
-                _save(out, recipe, modules, optimizer, step + 1)
-    trained = replace(method, modules=accelerator.unwrap_model(modules).eval())
-    trained.save_pretrained(out)
-    report = {"recipe": asdict(recipe), "spread": spread(reader, trained, recipe)}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "state.pt").unlink(missing_ok=True)
-    accelerator.end_training()
-    return trained
+    def loss(reader: Reader, method: Atp, step: int) -> tuple[Tensor, str]:
+        steeper = (recipe.sharpest / method.sharpness) ** (step / max(1, recipe.steps - 1))
+        found, average = _loss(reader, replace(method, sharpness=method.sharpness * steeper), recipe, step)
+        return found, f"average {average:.3f} for {recipe.budget:g}"
+
+    def report(reader: Reader, method: Atp) -> dict[str, Any]:
+        return {"spread": spread(reader, method, recipe)}
+
+    return lessons.learn(Atp().untrained, recipe, out, f"{Atp.name}/{recipe.budget:g}", loss, report)
 
 
 def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
@@ -139,9 +109,7 @@ def soft_tokens(trace: Trace) -> tuple[Tensor, Tensor]:
 
 def _batch(reader: Reader, recipe: Recipe, step: int) -> tuple[dict[str, Tensor], int]:
     """Questions of the training split with their answers, of which alone are labels; and the columns of the answers."""
-    first = step * recipe.batch_size
-    examples = [scenes.example("train", recipe.seed, first + n) for n in range(recipe.batch_size)]
-    prompts = reader.inputs([e.image for e in examples], [e.question for e in examples])
+    examples, prompts = lessons.questions(reader, recipe, step)
     tokenizer = reader.processor.tokenizer
     answers = tokenizer(
         [f" {e.answer}{tokenizer.eos_token}" for e in examples],
@@ -159,26 +127,3 @@ def _batch(reader: Reader, recipe: Recipe, step: int) -> tuple[dict[str, Tensor]
         "labels": torch.cat((torch.full_like(prompts["input_ids"], -100), labels), dim=1),
     }
     return inputs, mask.shape[1]
-
-
-def _save(out: Path, recipe: Recipe, modules, optimizer, step: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    state = {
-        "recipe": asdict(recipe),
-        "step": step,
-        "modules": modules.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    torch.save(state, out / "state.part")
-    (out / "state.part").replace(out / "state.pt")
-
-
-def _resume(out: Path, recipe: Recipe, modules, optimizer) -> int:
-    if not (out / "state.pt").exists():
-        return 0
-    state = torch.load(out / "state.pt", weights_only=True)
-    if state["recipe"] != asdict(recipe):
-        raise ValueError(f"{out}/state.pt belongs to another recipe: choose another --out, or delete it")
-    modules.load_state_dict(state["modules"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

@@ -17,6 +17,7 @@ from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.tally import Tally
+from vtc.methods.tokenbutler import TokenButler
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.uniform import Uniform
@@ -29,6 +30,8 @@ SHAPE = Shape(6, 4, key_heads=2)
 """Of the first family's model; each image of it has 36 tokens."""
 ATP = Atp(layers=(1, 3), rates=(0.0625, 0.0625)).untrained(SHAPE, 16)
 ATP.modules.eval().requires_grad_(False)
+BUTLER = TokenButler().untrained(SHAPE, 32)
+BUTLER.modules.eval().requires_grad_(False)
 
 HARD = {  # from easy to hard settings
     "random-half": (Random(), 0.5),
@@ -44,6 +47,7 @@ HARD = {  # from easy to hard settings
     "fastv-early": (FastV(layer=1), 0.3),
     "fastv-late": (FastV(layer=4, ratio=0.9), None),
     "atp": (ATP, None),
+    "tokenbutler": (BUTLER, 0.4),
     "vflowopt-late": (VFlowOpt(retain=(1.0, 0.6, 0.5), threshold=1.2), None),
     "vflowopt": (VFlowOpt(alpha=0.3, cell=0.4), 0.4),
     "vflowopt-plain": (VFlowOpt(cell=0.4, threshold=1.2), 0.4),

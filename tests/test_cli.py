@@ -118,7 +118,7 @@ def test_neither_help_nor_errors_wait_for_torch(picture, monkeypatch, arguments,
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS.values(), training.reference, training.atp])
+@pytest.mark.parametrize("command", [*cli.COMMANDS.values(), training.reference, training.atp, training.tokenbutler])
 def test_every_option_is_read(command):
     (function,) = ast.parse(inspect.getsource(command)).body
     names = (node for line in function.body for node in ast.walk(line) if isinstance(node, ast.Name))

@@ -512,7 +512,8 @@ def test_every_budget_is_met_to_half_a_token_or_the_floor_is_named(seed):
         tokens = rng.choice((1, 2, 3, 5, 36, 144, 576, 2880))
         budget = rng.choice((rng.random(), 0.5, 0.01, 1.0, rng.randint(1, tokens)))
         wanted = max(1, budget * tokens) if isinstance(budget, float) else budget
-        stages = tuple(stage.site for stage in method.bind(None, budget, tokens).stages(shape))
+        bound = method if isinstance(method, vtc.Trained) else method.bind(None, budget, tokens)
+        stages = tuple(stage.site for stage in bound.stages(shape))
 
         def average(budget, method=method, tokens=tokens, shape=shape, stages=stages):
             return average_tokens(tokens, counts(method, tokens, budget, shape), stages, shape.decoder_layers)

@@ -40,6 +40,7 @@ COMMANDS = {
     "eval --limit 2 --methods random --budgets 0.5 --out out/eval": {"eval"},
     "faithfulness --limit 2 --methods random --out out/faithful": {"eval"},
     "train atp --steps 1 --batch-size 2 --out out/atp": {"eval"},
+    "train tokenbutler --steps 1 --batch-size 2 --out out/tokenbutler": {"eval"},
     "tune --samples 2 --trials 2 --out out/tuned.json": {"eval", "tune"},
     "demo --port 7999": {"demo"},
     "eval --tasks vtc_scenes --limit 1 --out out/suites": {"eval", "lmms-eval"},

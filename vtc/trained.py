@@ -17,10 +17,10 @@ from vtc.stage import Budget, Method, read_json
 
 @dataclass(frozen=True)
 class Trained(Method):
-    """A method whose modules were trained for one model and one budget. A subclass says how they are `built`."""
+    """A method whose modules were trained for one model, or one budget of it. A subclass says how they are `built`."""
 
     modules: nn.ModuleList | None = field(default=None, compare=False, repr=False, kw_only=True)
-    """The trained modules. None: those that lie beside the model's checkpoint, by budget."""
+    """The trained modules. None: those that lie beside the model's checkpoint, by budget or for all of them."""
 
     @property
     def parts(self) -> int:
@@ -28,7 +28,7 @@ class Trained(Method):
         raise NotImplementedError
 
     def built(self, state: dict[str, Tensor]) -> nn.ModuleList:
-        """Untrained modules that `state` fits into. Raises KeyError where it cannot be that of this method."""
+        """Untrained modules that `state` fits into. Raises KeyError or ValueError where it is not this method's."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -41,8 +41,7 @@ class Trained(Method):
         """Write config.json and model.safetensors. Raises ValueError where there are no modules."""
         if self.modules is None:
             raise ValueError(f"{self.name} has no modules to save: train them first")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         settings = replace(self, modules=None).settings()
         del settings["method"]
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -61,7 +60,7 @@ class Trained(Method):
             state = load_file(weights)
             modules = method.built(state)
             modules.load_state_dict(state)
-        except (SafetensorError, KeyError, RuntimeError) as error:
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{weights} does not hold {method.parts} modules of {cls.name}: {' '.join(str(error).split())}"
             ) from None
@@ -70,25 +69,27 @@ class Trained(Method):
         return replace(method, modules=modules.eval().requires_grad_(False))
 
     def bind(self, model: Any, budget: Budget | None, tokens: int | None) -> Self:
-        """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`.
-
-        Raises ValueError where there are none for this budget: a BudgetError where it is lower than all that are.
+        """With the modules on the model's device; without modules, those in `<checkpoint>/<name>/<budget>`, or, for
+        every budget, in `<checkpoint>/<name>`. Raises ValueError where there are none: a BudgetError where this budget
+        is lower than all there are.
         """
         if self.modules is not None:
             return replace(self, modules=self.modules.to(model.device))
         if is_full(budget, tokens):
             return self
         home = getattr(model.config, "_name_or_path", "")  # empty where the model was not loaded from anywhere
-        trained = _trained(Path(home) / self.name) if home else {}
+        where = Path(home) / self.name if home else "this model"
+        if home and (Path(where) / "config.json").is_file():
+            return self.from_pretrained(where).bind(model, budget, tokens)
+        trained = _trained(Path(where)) if home else {}
         wanted = budget / tokens if isinstance(budget, int) and tokens else budget
         for fraction, path in trained.items():
             if wanted is not None and abs(fraction - wanted) < 0.5 / (tokens or 1e6):
                 return self.from_pretrained(path).bind(model, budget, tokens)
-        where = Path(home) / self.name if home else "this model"
         message = (
-            f"{self.name} is trained for one model and one budget, and {where} has modules for "
-            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: train them with "
-            f"`vtc train {self.name} --model PATH --budget B`, or pass {type(self).__name__}.from_pretrained(folder)"
+            f"{self.name} is trained for one model, and {where} has modules for "
+            f"{', '.join(map(str, sorted(trained))) or 'none'}, not for {wanted}: train them (see "
+            f"`vtc train {self.name} --help`), or pass {type(self).__name__}.from_pretrained(folder)"
         )
         if trained and wanted is not None and wanted < min(trained):
             raise BudgetError(message, floor=min(trained))

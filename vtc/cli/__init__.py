@@ -55,6 +55,7 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 train_app.command("reference")(training.reference)
 train_app.command("atp")(training.atp)
+train_app.command("tokenbutler")(training.tokenbutler)
 app.add_typer(train_app, name="train")
 
 

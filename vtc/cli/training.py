@@ -51,4 +51,26 @@ def atp(
     quiet()
     from vtc.eval import atp as trainer
 
-    trainer.train(trainer.Recipe(model, budget, steps, batch_size, seed=seed), out)
+    trainer.train(trainer.Recipe(model, steps, batch_size, seed=seed, budget=budget), out)
+
+
+def tokenbutler(
+    model: Model = "reference",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
+) -> None:
+    """Train TokenButler's predictor for a frozen model and every budget, on the benchmark's training questions.
+
+    Beside it lies report.json: how much of what each layer attends to is predicted, on unseen questions.
+
+    Example:
+
+      vtc train tokenbutler && vtc eval --methods tokenbutler,fastv --budgets 0.25 --out out/tokenbutler
+    """
+    need("sklearn", extra="eval")
+    quiet()
+    from vtc.eval import tokenbutler as trainer
+
+    trainer.train(trainer.Recipe(model, steps, batch_size, seed=seed), out)

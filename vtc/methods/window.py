@@ -97,13 +97,19 @@ class WindowRow(Need):
     def queries(self, view: View) -> tuple[Tensor, Tensor]:
         """Where the queries are: (batch, queries); and whether each looks at an image: (images, queries) float32."""
         if self.window == "question":
-            positions, asks = view.text_after_images()
-            unasked = 1 - asks.amax(1, keepdim=True)
-            return torch.cat((positions, view.last_positions()), dim=1), torch.cat((asks, unasked), dim=1)
+            return question(view)
         real = view.stream.columns.place[:, : view.stream.length - view.ahead] >= 0
         number = real.shape[1] if self.window == "prompt" else self.window
         positions = real.long().argsort(dim=1, stable=True)[:, -number:]
         return positions, real.gather(1, positions)[view.stream.row].float()
+
+
+def question(view: View) -> tuple[Tensor, Tensor]:
+    """The text after an image, where there is none the prompt's last token: positions (batch, queries), and whether
+    each of them asks about an image: (images, queries) float32."""
+    positions, asks = view.text_after_images()
+    unasked = 1 - asks.amax(1, keepdim=True)
+    return torch.cat((positions, view.last_positions()), dim=1), torch.cat((asks, unasked), dim=1)
 
 
 def pooled(scores: Tensor, seen: Seen, kernel: Kernel, how: Literal["mean", "max"] = "mean") -> Tensor:
