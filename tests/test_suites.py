@@ -46,7 +46,7 @@ def test_files_of_a_sweep(swept):
         assert json.loads((out / task / "summary.json").read_text()) == found
         assert [(r["method"], r["budget"]) for r in found[:3]] == [("full", 1.0), ("blind", 0), ("vtc-cls", 0.25)]
         assert [r["tokens"] for r in found[:3]] == [144, 0, 36]
-        ours = ("after_prefill", "held", "read", "peak")  # on benchmarks of vtc's own
+        ours = ("after_prefill", "holds_all", "held", "read", "peak")  # on benchmarks of vtc's own
         assert all(list(row) == [n for n in get_type_hints(rows_of.Row) if n not in ours] for row in found)
         assert len(read_lines(out / task)) == 6 * LIMIT
         with Image.open(out / task / "curve.png") as picture:
