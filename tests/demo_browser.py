@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -68,8 +68,16 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def visitor(browser: Browser, address: str, **options) -> Iterator[Page]:
-    """A page of its own; fails where the page wrote an error to the console or asked another host for anything."""
+    """A page of a visitor who has never been here: see `opened`."""
     context = browser.new_context(**options)
+    with opened(context, address) as page:
+        yield page
+    context.close()
+
+
+@contextmanager
+def opened(context: BrowserContext, address: str) -> Iterator[Page]:
+    """A page of its own; fails where the page wrote an error to the console or asked another host for anything."""
     page, wrong = context.new_page(), []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -78,7 +86,7 @@ def visitor(browser: Browser, address: str, **options) -> Iterator[Page]:
     page.locator("#ask").wait_for()
     page.set_default_timeout(60_000)  # beside other tests on two cores
     yield page
-    context.close()
+    page.close()
     assert not wrong
 
 
