@@ -85,12 +85,13 @@ def vipllava(attn: str = "sdpa"):
 PINPOINTS = [[48, 96], [96, 48], [96, 96]]
 
 
-def llava_next(attn: str = "sdpa"):
-    """With a Mistral decoder whose sliding window is shorter than most prompts."""
+def llava_next(attn: str = "sdpa", windows: bool = True):
+    """With a Mistral decoder whose sliding window is shorter than most prompts, or a Llama without `windows`."""
     torch.manual_seed(0)
+    text = hf.MistralConfig(**TEXT, sliding_window=90, head_dim=8) if windows else hf.LlamaConfig(**TEXT)
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**TOWER, image_size=8 * GRID, patch_size=8),
-        text_config=hf.MistralConfig(**TEXT, sliding_window=90, head_dim=8),
+        text_config=text,
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
         attn_implementation=attn,

@@ -37,9 +37,9 @@ def tokenizer(image: str = "<image>", video: str = "<video>"):
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, **special, additional_special_tokens=list(names.values()))
 
 
-def save_llava_next(folder: Path) -> None:
+def llava_next_processor() -> hf.LlavaNextProcessor:
     """Tiles of 48 pixels with 6 x 6 patches, newlines, an overview."""
-    processor = hf.LlavaNextProcessor(
+    return hf.LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_grid_pinpoints=models.PINPOINTS
         ),
@@ -49,8 +49,11 @@ def save_llava_next(folder: Path) -> None:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
+
+
+def save_llava_next(folder: Path) -> None:
     models.llava_next().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    llava_next_processor().save_pretrained(folder)
 
 
 def save_qwen2_vl(folder: Path) -> None:

@@ -71,9 +71,9 @@ def chat(question: str, images: int = 1) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
 
 
-def alone(text: str, images: Sequence[Image.Image], spend, new: int = NEW) -> list[int]:
-    """What generate() of the wrapped model answers to a whole prompt."""
-    model, processor = tiny()
+def alone(text: str, images: Sequence[Image.Image], spend, new: int = NEW, served=None) -> list[int]:
+    """What generate() of the wrapped model (`served`, with its processor) answers to a whole prompt."""
+    model, processor = served or tiny()
     inputs = processor(images=list(images) or None, text=text, add_special_tokens=False, return_tensors="pt")
     with vtc.compressed(model, *spend), torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=new, do_sample=False)
@@ -119,9 +119,9 @@ def serving(limits: Limits | None = None, sizes: Sizes = SIZES, **more):
 
 
 @contextmanager
-def engine(sizes: Sizes = SIZES):
+def engine(sizes: Sizes = SIZES, served=None):
     """An engine, and what makes prompts for it."""
-    model, processor = tiny()
+    model, processor = served or tiny()
     memory = Memory(model, sizes.remembered)
     runs = Engine(model, memory, batching(sizes))
 

@@ -3,9 +3,10 @@
 import ast
 import dataclasses
 
+import models
 import pytest
 import torch
-from own_models import load_qwen2_vl, save_llava_next, save_qwen2_vl
+from own_models import llava_next_processor, load_qwen2_vl, save_llava_next, save_qwen2_vl
 from PIL import Image
 from serve_fixtures import NEW, QUESTIONS, SIZES, alone, chat, engine, picture, results, soon, tiny
 from test_house import MODULES
@@ -54,6 +55,20 @@ def test_packed_answers_are_those_of_generate():
     expected = [alone(*case) for case in given]
     assert len({*map(tuple, expected)}) == len(expected), "prompts that are told apart"
     with engine() as (runs, prompt):
+        assert results(runs, [prompt(*case) for case in given]) == expected
+
+
+def test_tiles_are_packed():
+    """LLaVA-NeXT before a decoder without windows: images of three shapes, each an overview and tiles with newlines."""
+    model = models.llava_next(windows=False)
+    model.generation_config.suppress_tokens = None
+    served, sizes = (model, llava_next_processor()), dataclasses.replace(SIZES, cache=2048, remembered=1024)
+    shapes = [picture(0), picture(1).resize((96, 48)), picture(2).resize((48, 100))]
+    given = [(text(*chat(QUESTIONS[n])), [image], spend) for n, image in enumerate(shapes) for spend in SPENDS[:3]]
+    given.append((text(*chat(QUESTIONS[0])), [shapes[1]], NOTHING))
+    expected = [alone(*case, served=served) for case in given]
+    assert len({*map(tuple, expected)}) == len(expected), "prompts that are told apart"
+    with engine(sizes, served) as (runs, prompt):
         assert results(runs, [prompt(*case) for case in given]) == expected
 
 

@@ -18,6 +18,7 @@ import torch
 from openai import BadRequestError, OpenAI
 from PIL import Image, ImageFile
 from serve_fixtures import (
+    NAME,
     NEW,
     QUESTIONS,
     SIZES,
@@ -355,6 +356,28 @@ def test_openai_client_against_the_command(process):
     with pytest.raises(BadRequestError, match="unknown method"):
         client.chat.completions.create(**asked, extra_body={"vtc": {"method": "nope"}})
     assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_the_chat_of_gradio_against_the_command(process, tmp_path):
+    """It sends an image as a message of its own, and a turn before as it keeps it, with fields that say nothing."""
+    import gradio
+
+    image, said = tmp_path / "photo.png", {"metadata": None, "options": None}
+    picture(0).save(image)
+    talk = gradio.load_chat(f"{process[1]}/v1", model=NAME, file_types="image")
+    asked = {"text": QUESTIONS[0], "files": [str(image)]}
+    *_, answer = talk.fn(asked, [])
+    parts = [{"type": "image"}], [{"type": "text", "text": QUESTIONS[0]}]
+    messages = [{"role": "user", "content": part} for part in parts]
+    prompt = tiny()[1].apply_chat_template(messages, add_generation_prompt=True)
+    first = tiny()[1].decode(alone(prompt, [picture(0)], QUARTER), skip_special_tokens=True)
+    assert answer.startswith(first)
+    turns = [
+        {"role": "user", "content": [{"type": "file", "file": {"path": str(image)}}], **said},
+        {"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}], **said},
+        {"role": "assistant", "content": [{"type": "text", "text": first}], **said},
+    ]
+    assert [*talk.fn({"text": QUESTIONS[1], "files": []}, turns)][-1]
 
 
 def test_clients_that_are_killed_give_their_blocks_back(process):
