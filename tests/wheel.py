@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 NAME = "visual-token-compression"
-EXTRAS = ("", "eval", "tune", "demo", "lmms-eval-lean")
+EXTRAS = ("", "eval", "tune", "demo", "serve", "lmms-eval-lean")
 COMMANDS = {
     "--version": set(),
     "--help": set(),
@@ -43,6 +44,7 @@ COMMANDS = {
     "train tokenbutler --steps 1 --batch-size 2 --out out/tokenbutler": {"eval"},
     "tune --samples 2 --trials 2 --out out/tuned.json": {"eval", "tune"},
     "demo --port 7999": {"demo"},
+    "serve --port 7998": {"serve"},
     "eval --tasks vtc_scenes --limit 1 --out out/suites": {"eval", "lmms-eval"},
 }
 """What each command needs."""
@@ -117,12 +119,24 @@ def run(python: Path, command: str, folder: Path) -> tuple[bool, str]:
     said = []
     for line in process.stdout:
         said.append(line.strip())
-        if "vtc inspector: http" in line:  # it serves until it is stopped
+        if address := re.search(r"vtc inspector: (http\S+)|(http\S+)/v1 serves", line):  # until it is stopped
+            answers = answered(address[1] or f"{address[2]}/health")
             process.terminate()
             process.wait()
-            return True, line.strip()
+            return answers, line.strip()
     assert not any("Traceback" in line for line in said), "\n".join(said)
     return process.wait() == 0, (said or [""])[-1]
+
+
+def answered(url: str) -> bool:
+    """Whether a server that has just said its address answers there within a minute."""
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return True
+        except OSError:
+            time.sleep(0.5)
+    return False
 
 
 def seconds(python: Path, *arguments: str) -> float:
