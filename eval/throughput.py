@@ -54,7 +54,9 @@ def questions(model: nn.Module, budget: float, count: int, new_tokens: int) -> W
     """`count` questions of 32 tokens about one image: full, pruned, and pruned on a shared cache."""
     prompt = shapes.prompt(model, 1, 40)
     ids = prompt["input_ids"]
-    begin = {**prompt, "input_ids": ids[:, :-32]}
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # else generate() takes the model's pad for one
+    prompt |= whole
+    begin = prompt | {name: x[:, :-32] for name, x in whole.items()}
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
 
     def separate() -> None:
@@ -69,7 +71,7 @@ def questions(model: nn.Module, budget: float, count: int, new_tokens: int) -> W
         with vtc.compressed(model, "vtc-cls", budget):
             cache = vtc.prefix(model, **begin)
             for _ in range(count):
-                model.generate(input_ids=ids, past_key_values=copy.deepcopy(cache), **options)
+                model.generate(**whole, past_key_values=copy.deepcopy(cache), **options)
 
     return {"full, each alone": separate, "pruned, each alone": pruned, "pruned, one shared image": shared}
 

@@ -15,9 +15,11 @@ def test_rows_keep_what_they_are_said_to_keep():
     assert trace.average_tokens.tolist() == [4, 9, 13, 18]  # of 36; on average a bit more than 9, and 18 * row / 4
 
 
-def test_shared_questions_are_the_separate_ones(monkeypatch):
+@pytest.mark.parametrize("pad", [0, 2])
+def test_shared_questions_are_the_separate_ones(monkeypatch, pad):
+    """Also of a model that pads with what the prompts are made of, as the shipped one does."""
     model, texts = llava(), []
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, pad
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **inputs: texts.append(generate(**inputs)))
     work = throughput.questions(model, 0.25, 3, 2)
