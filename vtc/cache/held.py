@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import vtc.core.compact as compact
+from vtc.cache.own_layer import OwnLayer
 from vtc.cache.packed_layer import PackedLayer
 from vtc.cache.parted_layer import PartedLayer
 from vtc.cache.precision import Precision
@@ -151,7 +152,7 @@ def held_length(cache: Any, layer: int = 0) -> int:
 def nbytes(cache: Any) -> int:
     """Bytes of the keys and values that all layers of a cache hold, and of what it takes to read packed ones."""
     layers = [layer for layer in cache.layers if layer.is_initialized]
-    parts = ([layer] if hasattr(layer, "nbytes") else [layer.keys, layer.values] for layer in layers)
+    parts = ([layer] if isinstance(layer, OwnLayer) else [layer.keys, layer.values] for layer in layers)
     return sum(x.nbytes for part in parts for x in part)
 
 
@@ -168,7 +169,7 @@ def sizes(cache: Any, layer: int, new: int) -> tuple[int, int]:
 def keys(cache: Any, layer: int, count: int) -> Tensor:
     """The first `count` keys of a layer: (batch, key_heads, count, head_dim). Raises ValueError where it has not."""
     held = cache.layers[layer]
-    if isinstance(held, PackedLayer | PartedLayer):
+    if isinstance(held, OwnLayer):
         return held.read()[0][:, :, :count]
     if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
         raise ValueError(

@@ -6,24 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 import vtc.core.compact as compact
+from vtc.cache.own_layer import OwnLayer
 from vtc.cache.packed import Packed, order
 from vtc.cache.precision import Precision
 from vtc.core.columns import Columns
 from vtc.core.stream import Stream
 
 
-class PackedLayer(DynamicLayer):
+class PackedLayer(OwnLayer):
     """A layer some of whose keys and values are packed. `keys` and `values` are the others, as they are.
 
     What is read stands where it stood, so that nothing else need know. The whole layer is dequantised anew for each
     step: that saves memory, but a step reads what is packed, and writes and reads a layer of full size besides.
     """
 
-    keys: Tensor
-    values: Tensor
+    OWN = ("level", "packed")
     level: Tensor
     """(batch, key_heads, length) uint8: 0 for what is as it is, n for the n-th of all levels that are packed."""
     packed: tuple[tuple[Packed, Packed], ...]
@@ -82,7 +81,7 @@ class PackedLayer(DynamicLayer):
             torch.cat([plain, *(x.to(plain) for packed in side for x in packed.numbers())], dim=2)
             for plain, side in zip(self.plain, zip(*self.packed, strict=True), strict=True)
         )
-        return _gathered(keys, index), _gathered(values, index)
+        return compact.gather_heads(keys, index), compact.gather_heads(values, index)
 
     @property
     def nbytes(self) -> int:
@@ -102,26 +101,9 @@ class PackedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         self.level = self.level[..., : self.level.shape[2] - abs(tokens_to_remove)]
 
-    def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rows(torch.arange(len(self.level)).repeat_interleave(repeats))
-
-    def _rows(self, index: Tensor) -> None:
+    def rows(self, index: Tensor) -> None:
         index = index.to(self.level.device)
         self.level, self.packed = self.level[index], tuple((k.rows(index), v.rows(index)) for k, v in self.packed)
-
-    def reset(self) -> None:
-        super().reset()
-        del self.level, self.packed
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
 
 
 def _chosen(both: tuple[Tensor, Tensor], chosen: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +111,4 @@ def _chosen(both: tuple[Tensor, Tensor], chosen: Tensor, counts: list[int]) -> t
     plan = compact.plan(chosen.flatten(0, 1), counts)
     index = plan.index.view(*chosen.shape[:2], -1)
     real = torch.ones_like(index, dtype=torch.bool) if plan.real is None else plan.real.view(index.shape)
-    return _gathered(both[0], index), _gathered(both[1], index), real
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, key_heads, length, head_dim) at `index` (batch, key_heads, new length)."""
-    return compact.gather(x.flatten(0, 1), index.flatten(0, 1)).unflatten(0, index.shape[:2])
+    return compact.gather_heads(both[0], index), compact.gather_heads(both[1], index), real

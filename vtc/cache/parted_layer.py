@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 import vtc.core.compact as compact
+from vtc.cache.own_layer import OwnLayer
 from vtc.core.columns import Columns
 from vtc.core.shared import Shared
 from vtc.core.stream import Stream
@@ -56,15 +56,14 @@ Choose = Callable[[], Tensor]
 """Which visual tokens a step reads: (batch, `PartedLayer.most`) int64, those of a row that reads fewer at its end."""
 
 
-class PartedLayer(DynamicLayer):
+class PartedLayer(OwnLayer):
     """A layer that holds visual tokens beside `keys` and `values`, which are those of the text and grow with it.
 
     The kernel is handed the visual ones first. Those that a step reads are gathered; what has been read stays where it
     is, and the visual tokens are not copied when the layer grows, as all else of a `DynamicLayer` is.
     """
 
-    keys: Tensor
-    values: Tensor
+    OWN = ("visual", "number", "most", "even", "last", "choose")
     visual: tuple[Tensor, Tensor]
     """Keys and values: (batch, key_heads, tokens, head_dim), rows that have fewer filled up at the start."""
     number: Tensor
@@ -156,25 +155,8 @@ class PartedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         self.last = None if tokens_to_remove else self.last
 
-    def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rows(torch.arange(len(self.number)).repeat_interleave(repeats))
-
-    def _rows(self, index: Tensor) -> None:
+    def rows(self, index: Tensor) -> None:
         index = index.to(self.number.device)
         keys, values = (x[index] for x in self.visual)
         self.visual, self.number = (keys, values), self.number[index]
         self.last = None if self.last is None else (self.last[0][index], self.last[1][index])
-
-    def reset(self) -> None:
-        super().reset()
-        del self.visual, self.number, self.most, self.even, self.last, self.choose
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
