@@ -51,19 +51,17 @@ def allowed(model, layer: int, length: int, count: int, inputs: dict) -> torch.T
 
 
 @contextmanager
-def masked_layers(model, visible: list[torch.Tensor], inputs: dict | None = None):
-    """Run `model` with keys hidden by hand: visible[layer] is (batch, length) bool, for every decoder layer.
+def seeing(model, sees):
+    """Run `model` with its masks made by hand: sees(layer) is (batch, heads or 1, queries, keys) bool.
 
-    `inputs` tell the blocks of tokens, where the family has such. Needs calls without a cache. Each query sees itself,
-    so that no softmax is empty.
+    Needs calls without a cache. Each query sees itself, so that no softmax is empty.
     """
 
     def hide(layer: int):
         def hook(module, args, kwargs):
-            keys = visible[layer]
-            mask = keys[:, None, None, :] & allowed(model, layer, keys.shape[1], len(keys), inputs)[:, None]
-            mask = mask | torch.eye(keys.shape[1], dtype=torch.bool)
-            bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            seen = sees(layer)
+            seen = seen | torch.eye(seen.shape[-1], dtype=torch.bool)
+            bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
             return args, {**kwargs, "attention_mask": bias}
 
         return hook
@@ -74,6 +72,19 @@ def masked_layers(model, visible: list[torch.Tensor], inputs: dict | None = None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def masked_layers(model, visible: list[torch.Tensor], inputs: dict | None = None):
+    """`seeing` where keys are hidden from all queries: visible[layer] is (batch, length) bool, for every decoder layer.
+
+    `inputs` tell the blocks of tokens, where the family has such.
+    """
+
+    def sees(layer: int):
+        keys = visible[layer]
+        return keys[:, None, None, :] & allowed(model, layer, keys.shape[1], len(keys), inputs)[:, None]
+
+    return seeing(model, sees)
 
 
 def visible_keys(model, trace, inputs: dict, extra: int = 0) -> list[torch.Tensor]:

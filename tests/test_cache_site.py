@@ -1,7 +1,6 @@
 """The cache site: what is evicted after the prefill is masked for every later query, and gone from memory."""
 
 import copy
-from contextlib import contextmanager
 
 import oracle
 import pytest
@@ -23,7 +22,6 @@ def model(request):
     vtc.unwrap(FAMILIES[request.param].model)
 
 
-@contextmanager
 def hidden(model, spans, inputs: dict, full: dict):
     """The unwrapped model over prompt and answer; from column `start` on each head of a layer sees of the visual tokens
     what `held(layer)` says, for (start, held) in `spans`."""
@@ -31,30 +29,19 @@ def hidden(model, spans, inputs: dict, full: dict):
     heads = model.config.text_config.num_attention_heads
     repeats = oracle.layers(model)[0].self_attn.num_key_value_groups
 
-    def hide(layer: int):
-        def hook(module, args, kwargs):
-            seen = oracle.allowed(model, layer, ids.shape[1], len(ids), full)[:, None].repeat(1, heads, 1, 1)
-            seen &= real[:, None, None]
-            for start, held in spans:
-                for row, index in enumerate(held(layer)):
-                    places = visual(inputs["input_ids"][row]).nonzero()[:, 0]
-                    for head in range(heads):
-                        own = index if index.ndim == 1 else index[head // repeats]
-                        gone = torch.ones(len(places), dtype=torch.bool).index_fill(0, own, False)
-                        seen[row, head, start:, places[gone]] = False
-            seen |= torch.eye(ids.shape[1], dtype=torch.bool)
-            bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-            return args, {**kwargs, "attention_mask": bias}
+    def sees(layer: int):
+        seen = oracle.allowed(model, layer, ids.shape[1], len(ids), full)[:, None].repeat(1, heads, 1, 1)
+        seen &= real[:, None, None]
+        for start, held in spans:
+            for row, index in enumerate(held(layer)):
+                places = visual(inputs["input_ids"][row]).nonzero()[:, 0]
+                for head in range(heads):
+                    own = index if index.ndim == 1 else index[head // repeats]
+                    gone = torch.ones(len(places), dtype=torch.bool).index_fill(0, own, False)
+                    seen[row, head, start:, places[gone]] = False
+        return seen
 
-        return hook
-
-    layers = enumerate(oracle.layers(model))
-    handles = [layer.register_forward_pre_hook(hide(number), with_kwargs=True) for number, layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return oracle.seeing(model, sees)
 
 
 def expected_logits(model, held, inputs, new):

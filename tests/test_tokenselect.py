@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import oracle
@@ -40,33 +39,22 @@ def model(request):
     vtc.unwrap(FAMILIES[request.param].model)
 
 
-@contextmanager
 def hidden(model, reads: list[tuple[int, int, dict]], inputs: dict, full: dict):
     """The unwrapped model over prompt and answer, in which the queries in columns `start` to `end` see of the visual
     tokens those in the columns that `read[layer]` (batch, tokens) lists, for (start, end, read) in `reads`."""
     ids, real = full["input_ids"], full["attention_mask"].bool()
     images = torch.nn.functional.pad(visual(inputs["input_ids"]), (0, ids.shape[1] - inputs["input_ids"].shape[1]))
 
-    def hide(layer: int):
-        def hook(module, args, kwargs):
-            seen = oracle.allowed(model, layer, ids.shape[1], len(ids), full) & real[:, None]
-            for start, end, read in reads:
-                for row, columns in enumerate(read[layer].tolist()):
-                    gone = images[row].clone()
-                    gone[[column for column in columns if column >= 0]] = False
-                    seen[row, start:end, gone] = False
-            seen = (seen | torch.eye(ids.shape[1], dtype=torch.bool))[:, None]
-            return args, {**kwargs, "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, -1e30)}
+    def sees(layer: int):
+        seen = oracle.allowed(model, layer, ids.shape[1], len(ids), full) & real[:, None]
+        for start, end, read in reads:
+            for row, columns in enumerate(read[layer].tolist()):
+                gone = images[row].clone()
+                gone[[column for column in columns if column >= 0]] = False
+                seen[row, start:end, gone] = False
+        return seen[:, None]
 
-        return hook
-
-    layers = enumerate(oracle.layers(model))
-    handles = [layer.register_forward_pre_hook(hide(number), with_kwargs=True) for number, layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return oracle.seeing(model, sees)
 
 
 def answered(model, inputs, **options):
