@@ -1,6 +1,7 @@
 """The generation contract: every way in which transformers generates, on pruned prompts."""
 
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import oracle
@@ -244,11 +245,8 @@ def test_compiled_parts_answer_the_same(setting, part):
     assert torch.equal(compiled.generate(**inputs, **few), bare)
 
 
-@torch._dynamo.config.patch(recompile_limit=64)
-@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
-def test_decoding_is_compiled_once(llava, setting):
-    """Nothing of a call is baked into the graphs: later steps and later prompts find them as they are."""
-    graphs, compiled = [], copy.deepcopy(llava)
+def compiled_decoding(graphs: list) -> dict:
+    """Options of generate() that compile its steps, each as one graph where it can be; `graphs` gets what is made."""
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -256,7 +254,15 @@ def test_decoding_is_compiled_once(llava, setting):
 
     config = CompileConfig(backend=backend, mode=None, fullgraph=True)
     config._compile_all_devices = True
-    options = {"cache_implementation": "static", "compile_config": config}
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
+def test_decoding_is_compiled_once(llava, setting):
+    """Nothing of a call is baked into the graphs: later steps and later prompts find them as they are."""
+    graphs, compiled = [], copy.deepcopy(llava)
+    options = compiled_decoding(graphs)
     vtc.wrap(compiled, *METHODS[setting])
     prompts = [prompt(llava, (1,), seed=seed) for seed in (0, 1)]
     expected = [compiled.generate(**inputs, **GREEDY) for inputs in prompts]
@@ -266,6 +272,43 @@ def test_decoding_is_compiled_once(llava, setting):
     assert made > 0
     assert all(map(torch.equal, (got, compiled.generate(**prompts[1], **GREEDY, **options)), expected))
     assert len(graphs) == made
+
+
+@pytest.mark.parametrize("images", [(1, 1), (0, 0)], ids=["all tokens stay", "no image"])
+def test_steps_with_nothing_to_do_are_one_graph(llava, images):
+    graphs, compiled = [], copy.deepcopy(llava)
+    prompts = [prompt(llava, images, seed=seed) for seed in (0, 1)]
+    expected = [llava.generate(**inputs, **GREEDY) for inputs in prompts]
+    vtc.wrap(compiled, "vtc-cls", 1.0 if any(images) else 0.4)
+    options = compiled_decoding(graphs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = [compiled.generate(**inputs, **GREEDY, **options) for inputs in prompts]
+    assert all(map(torch.equal, got, expected))
+    assert len(graphs) == 1
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("setting", SITES)
+@pytest.mark.parametrize("whole", ["model", "layers"])
+def test_compiled_steps_do_not_hide_a_later_image(setting, whole):
+    """Text is read, and steps are compiled without hooks; then an image comes, which is pruned as ever."""
+    plain, compiled = (FAMILIES["llava"].build(layers=4) for _ in range(2))
+    for module in [compiled] if whole == "model" else oracle.layers(compiled):
+        module.compile(backend="eager")
+    text, image = prompt(plain, (0,)), prompt(plain, (1,))
+
+    def answers(model):
+        first = model.generate(**text, **GREEDY, return_dict_in_generate=True)
+        second = {"input_ids": torch.cat((first.sequences, image["input_ids"]), dim=1)}
+        second["attention_mask"] = torch.ones_like(second["input_ids"])
+        second |= {"pixel_values": image["pixel_values"], "past_key_values": first.past_key_values}
+        again = model.generate(**second, **GREEDY)
+        return first.sequences, again, model.vtc.trace.kept()[0]
+
+    expected, got = (answers(vtc.wrap(model, *METHODS[setting])) for model in (plain, compiled))
+    assert all(map(torch.equal, got, expected))
+    assert len(got[2]) < 36
 
 
 def test_what_torch_compile_returns_is_refused(llava):

@@ -77,11 +77,11 @@ def k_means(features: Tensor, valid: Tensor, count: int, spherical: bool = False
     """The grouping of features (images, channels, tokens) into `count` groups by Lloyd's algorithm, in `rounds` rounds.
 
     The first centres are the image's first token and, one after the other, the farthest from those before it; a group
-    that loses all its tokens keeps its centre. Spherical: of unit features, with unit means.
+    that loses all its tokens keeps its centre. Spherical: of features of length 1, with means of length 1.
     """
     x = features.float().nan_to_num(0, 0, 0).transpose(1, 2)
-    x = normalize(x, dim=2) if spherical else x
-    square, nearest = x.square().sum(2), torch.full(valid.shape, torch.inf, device=x.device)
+    square = torch.linalg.vector_norm(x, dim=2).square()
+    nearest = torch.full(valid.shape, torch.inf, device=x.device)
 
     def taken(pick: Tensor) -> Tensor:
         nonlocal nearest

@@ -1,22 +1,17 @@
-"""What a cache holds, by column. This is the only room that touches a cache object.
-
-Between calls the state lies on the cache, so that generations interleave, copies of a cache go their own ways, and
-beams, selected rows, crops and resets take it along.
-"""
+"""What a cache holds, by column, and what is done to it. Only the rooms of `vtc.cache` touch cache objects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache as memoised
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import vtc.core.compact as compact
+from vtc.cache.held_cache import held_length
 from vtc.cache.own_layer import OwnLayer
 from vtc.cache.packed_layer import PackedLayer
 from vtc.cache.parted_layer import PartedLayer
@@ -49,7 +44,7 @@ class Held:
         Raises RuntimeError where it was cropped by more than the text at its end: layers differ before that.
         """
         if (state := getattr(cache, "vtc", None)) is not None:
-            return state._as_cropped(int(held_length(cache)))
+            return state._as_long(int(held_length(cache)))
         seen = 0 if cache is None else int(cache.get_seq_length())
         return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
 
@@ -64,8 +59,19 @@ class Held:
                 "from the prompt"
             )
 
-    def _as_cropped(self, held: int) -> Held:
+    @property
+    def rests(self) -> bool:
+        """Whether every layer holds what it would without vtc."""
+        return self.shift is None and all(columns.whole and columns.weight is None for columns in self.layers)
+
+    def _as_long(self, held: int) -> Held:
+        """After what was done to the cache behind our back: a crop, or compiled steps that left the hooks out."""
         count = self.layers[0].length - held
+        if count < 0 and self.rests:
+            place = self.layers[0].place
+            new = Columns.counted(self.seen, None, (len(place), -count), place.device)
+            layers = self._each(lambda columns: columns.then(new))
+            return replace(self, seen=self.seen - count, layers=layers, tail=self.tail - count)
         if not 0 <= count <= self.tail:
             raise RuntimeError(
                 f"the cache holds {held} keys in layer 0 where vtc left {self.layers[0].length}: a pruned cache can be "
@@ -95,58 +101,6 @@ class Held:
             embeds = kwargs["inputs_embeds"]
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.seen
         return positions if self.shift is None else positions - self.shift
-
-    def attach(self, cache: Any) -> None:
-        """Leave the state on the cache, for the next call."""
-        if not isinstance(cache, HeldCache):
-            kind: Any = type(cache)
-            cache.__class__ = _held(kind)
-        cache.vtc = self
-
-
-class HeldCache(transformers.Cache):
-    """What a cache learns when it holds a pruned prompt: mixed into its own class.
-
-    generate() slices the next turn by the length of layer 0: once tokens left before it, that must still be the true
-    length, while masks are sized by what the layer holds.
-    """
-
-    vtc: Held
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        held = held_length(self, layer_idx)
-        return held if layer_idx else self.vtc.seen - (self.vtc.layers[0].length - int(held))
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return held_length(self, layer_idx)
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self.vtc = self.vtc.rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.vtc = self.vtc.rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        rows = torch.arange(len(self.vtc.layers[0].place))
-        self.vtc = self.vtc.rows(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        super().reset()
-        del self.vtc
-        self.__class__ = type(self).__bases__[1]
-
-
-@memoised
-def _held(kind: Any) -> Any:
-    return type(kind.__name__, (HeldCache, kind), {})
-
-
-def held_length(cache: Any, layer: int = 0) -> int:
-    """How many keys a layer of a cache has taken in and not lost by a crop; also those beyond a sliding window."""
-    return cache.layers[layer].get_seq_length() if layer < len(cache.layers) else 0
 
 
 def nbytes(cache: Any) -> int:

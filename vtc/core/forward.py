@@ -18,6 +18,7 @@ import vtc.cache.held as held
 import vtc.cache.steps as steps
 import vtc.core.compact as compact
 from vtc.cache.held import Held
+from vtc.cache.held_cache import attach
 from vtc.choice import Choice, by_head
 from vtc.core.call import Call
 from vtc.core.clock import Clock
@@ -244,7 +245,6 @@ class Forward:
         if outputs.past_key_values is not None:
             layers = [columns for columns, _ in self.layers] or list(map(self._keys, range(len(self.past.layers))))
             seen, tail = self.visibility.reach, self.stream.tail + (0 if self.stream.images else self.past.tail)
-            state = replace(self.past, seen=seen, layers=tuple(layers), tail=tail)
-            state.attach(outputs.past_key_values)
+            attach(outputs.past_key_values, replace(self.past, seen=seen, layers=tuple(layers), tail=tail))
         self.past.trace.clock.add("prefill" if self.stream.images else "decode", self.call.started, self.stream.device)
         self.compression.publish(self.past.trace)

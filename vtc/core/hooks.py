@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vtc.adapter as adapters
+import vtc.cache.held_cache as held_cache
 from vtc.core.call import Call, modalities, prompt_length
 from vtc.core.clock import Clock
 from vtc.core.compression import Compression
@@ -111,15 +112,23 @@ class Hooks(InForce):
                 "several at once, which would give another answer: generate without it"
             )
         config = kwargs.get("compile_config") or getattr(given, "compile_config", None)
-        if config is not None and config.fullgraph:
-            warnings.warn("a wrapped model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
+        if config is not None and config.fullgraph and not self._steps_rest(kwargs):
+            warnings.warn("a pruned model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
             kwargs["compile_config"] = copy.copy(config)
             kwargs["compile_config"].fullgraph = False
         with self.generating(prompt_length(args, kwargs)):
             return original(*args, **kwargs)
 
+    def _steps_rest(self, kwargs: dict[str, Any]) -> bool:
+        """Whether no step behind the prompt of a generate() has anything for the hooks to do."""
+        observed = any(need is not None and not need.tower for need in self._handles)
+        past: Any = getattr(kwargs.get("past_key_values"), "vtc", None)
+        everything = isinstance(budget := self.compression.budget, float) and budget == 1
+        return not observed and (past is None or past.rests) and (everything or not _sees(kwargs))
+
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         running.set(None)
+        held_cache.wake(kwargs.get("past_key_values"))
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         compression = self.begin(_sees(given))
         call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
@@ -132,6 +141,7 @@ class Hooks(InForce):
             self.end(call.compression)
         running.set(None)
         recording.set(None)
+        held_cache.rest(getattr(outputs, "past_key_values", None))
 
     # -- the vision tower -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from vtc.cache.held_cache import compiled_out
+
 
 class Patch:
     """Sets `owner.name`; `remove` gives the owner back what it had of its own, or nothing."""
@@ -42,14 +44,20 @@ def before(part: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any]], A
 
 def after(part: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any], always: bool = False) -> RemovableHandle:
     """Register a hook after a module's forward, with `always` also where that raises; no part of compiled graphs."""
-    return part.register_forward_hook(functools.partial(_after, hook), always_call=always)
+    return part.register_forward_hook(functools.partial(_after, hook), with_kwargs=True, always_call=always)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before(hook: Callable[..., Any], part: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
-    return None if kwargs is None else hook(part, args, kwargs)
+    return None if kwargs is None or compiled_out(args, kwargs) else _apart(hook, part, args, kwargs)
+
+
+def _after(hook: Callable[..., Any], part: nn.Module, args: tuple, kwargs: Any, *output: Any) -> Any:
+    if not output:  # of such a call of another thread: what is here called kwargs is its output
+        return _apart(hook, part, args, kwargs)
+    return None if compiled_out(args, kwargs) else _apart(hook, part, args, *output)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _after(hook: Callable[..., Any], part: nn.Module, args: tuple, output: Any) -> Any:
-    return hook(part, args, output)
+def _apart(hook: Callable[..., Any], *args: Any) -> Any:
+    """A hook between two graphs."""
+    return hook(*args)

@@ -72,7 +72,7 @@ class Deviation(Need):
 
     def row(self, record: dict[str, Tensor], tower: Tower) -> Tensor:
         before, after = (tower.adapter.patches(record[name], tower.call).float() for name in ("before", "after"))
-        valid = (after != 0).any(2)  # filling, in a batch of crops of different sizes
+        valid = after.any(2)  # filling, in a batch of crops of different sizes
         direction = normalize(after - before, dim=2)
         group = k_means(direction.transpose(1, 2), valid, self.directions, spherical=True, rounds=5)
         member = (one_hot(group, self.directions) * valid[..., None]).float().transpose(1, 2)

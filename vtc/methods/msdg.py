@@ -74,7 +74,7 @@ class Msdg(Method):
 
     @torch.no_grad()
     def _select(self, direction: Tensor, clear: Tensor, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-        cluster = groups.k_means(direction, clear, self.clusters, spherical=True)
+        cluster = groups.k_means(normalize(direction, dim=1), clear, self.clusters, spherical=True)
         empty = groups.sizes(cluster, clear, self.clusters) == 0
         mean = groups.means(scores, cluster, clear, self.clusters)
         shares = mean.masked_fill(empty, torch.finfo(mean.dtype).min).softmax(1)

@@ -1,0 +1,89 @@
+"""A cache between calls: what it holds lies on it, so that generations interleave, copies of a cache go their own ways,
+and beams, selected rows, crops and resets take it along.
+"""
+
+from __future__ import annotations
+
+from functools import cache as memoised
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+
+class HeldCache(transformers.Cache):
+    """What a cache learns when it holds a pruned prompt: mixed into its own class.
+
+    generate() slices the next turn by the length of layer 0: once tokens left before it, that must still be the true
+    length, while masks are sized by what the layer holds.
+    """
+
+    vtc: Any
+    """The `Held` of the calls so far."""
+    rests: bool
+    """Whether the next call has nothing to do unless it brings images. Not while a call runs."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        held = held_length(self, layer_idx)
+        return held if layer_idx else self.vtc.seen - (self.vtc.layers[0].length - int(held))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return held_length(self, layer_idx)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.vtc = self.vtc.rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.vtc = self.vtc.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(len(self.vtc.layers[0].place))
+        self.vtc = self.vtc.rows(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()
+        del self.vtc, self.rests
+        self.__class__ = type(self).__bases__[1]
+
+
+@memoised
+def _held(kind: Any) -> Any:
+    return type(kind.__name__, (HeldCache, kind), {})
+
+
+def attach(cache: Any, state: Any) -> None:
+    """Leave on a cache what it holds, for the next call."""
+    if not isinstance(cache, HeldCache):
+        kind: Any = type(cache)
+        cache.__class__ = _held(kind)
+    cache.vtc, cache.rests = state, False
+
+
+def wake(cache: Any) -> None:
+    """Before a call that has to be looked at."""
+    if isinstance(cache, HeldCache):
+        cache.rests = False
+
+
+def rest(cache: Any) -> None:
+    """After a call."""
+    if isinstance(cache, HeldCache):
+        cache.rests = cache.vtc.rests
+
+
+def compiled_out(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether hooks are left out of the graph of a call of a wrapped model, or of a part of it, which the graph guards:
+    it brings no image (of which pixels may be a second positional argument), and its cache rests."""
+    if not torch.compiler.is_compiling() or len(args) > 1:
+        return False
+    sees = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
+    return not sees and getattr(kwargs.get("past_key_values"), "rests", False)
+
+
+def held_length(cache: Any, layer: int = 0) -> int:
+    """How many keys a layer of a cache has taken in and not lost by a crop; also those beyond a sliding window."""
+    return cache.layers[layer].get_seq_length() if layer < len(cache.layers) else 0
