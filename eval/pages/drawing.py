@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vtc.eval.material import Split, crop, digits, shape_mask
 from vtc.eval.pages.content import SIDE, Fact, Page
 from vtc.eval.scenes import COLORS
 
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
-"""Typefaces that matplotlib ships."""
+FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold")
+"""Typefaces that matplotlib ships, whose letters are all equally wide."""
+SIZES = (12, 10, 8, 6)
+"""Of text, in pixels of a page of SIDE x SIDE."""
+GRID = (4, 2)
+"""What is written begins at multiples of so many such pixels across and down, as on a typewriter."""
 _OPEN = ("map", "camouflage")
 """Kinds of page that lie on a photograph; the others lie on paper with a photograph's grain."""
 
@@ -53,7 +59,11 @@ def _photo(split: Split, random: Random, size: int) -> Image.Image:
 
 def _paper(split: Split, random: Random, size: int, dark: bool) -> Image.Image:
     contrast, black = random.uniform(0.1, 0.3), random.randint(0, 20) if dark else random.randint(150, 178)
-    return _photo(split, random, size).point(lambda level: round(level * contrast) + black)
+    photo = np.asarray(_photo(split, random, size)) * contrast + black
+    grain = np.random.default_rng(random.getrandbits(32)).normal(
+        0, 2.5, (size, size, 1)
+    )  # where the photograph has none
+    return Image.fromarray((photo + grain).round().clip(0, 255).astype(np.uint8))
 
 
 def _open_ground(split: Split, random: Random, size: int) -> Image.Image:
@@ -100,10 +110,12 @@ def _put(fact: Fact, kind: str, image: Image.Image, split: Split, style: _Style,
     if fact.kind in ("shape", "place"):
         return _put_shape(fact, image, slot, style, random)
     if fact.kind == "digit" and style.by_hand:
-        mask = _handwritten(fact.name, split, round(min(12 * style.scale, slot[3] - slot[1] - style.scale)), random)
+        mask = _handwritten(fact.name, split, round(style.font.size), random)
+        left, top = _within(slot, mask.size, style.scale, random)
     else:
-        mask = _text(fact.name, style.font)
-    left, top = _within(slot, mask.size, style.scale, random)
+        mask, rise = _text(fact.name, style.font)
+        left, top = _within(slot, (mask.width, round(style.font.size)), style.scale, random)
+        top += rise
     if kind == "map":  # a name on a photograph needs a plate to be read
         plate = tuple(255 - level for level in style.ink)
         edge = round(style.scale)
@@ -117,9 +129,10 @@ def _within(slot: tuple[float, ...], size: tuple[int, int], scale: float, random
     """A place for something of this (width, height) in the slot: anywhere across, near the middle in height."""
     left, top, right, bottom = slot
     width, height = size
-    spare = min(max(0, right - left - width), 10 * scale)
-    shift = random.uniform(-0.1, 0.1) * (bottom - top - height)
-    return round(left + random.uniform(0, spare)), round((top + bottom - height) / 2 + shift)
+    across, down = (step * scale for step in GRID)
+    first, last = math.ceil(left / across), math.floor((right - width) / across)
+    column = first + random.randint(0, min(max(0, last - first), 2))
+    return round(column * across), round(round((top + bottom - height) / 2 / down) * down)
 
 
 def _put_bar(fact: Fact, image: Image.Image, slot: tuple[float, ...], style: _Style, random: Random) -> tuple[int, ...]:
@@ -160,28 +173,26 @@ def _handwritten(digit: str, split: Split, side: int, random: Random) -> Image.I
 
 
 def _typeface(page: Page, name: str, scale: float) -> ImageFont.FreeTypeFont:
-    """The typeface as large as every text of the page fits its slot, at most 12 of SIDE pixels."""
-    size = 12.0
-    while True:
-        font = _face(name, size * scale)
-        if size <= 6 or all(_fits(fact, font, scale) for fact in page.facts if fact.kind in ("word", "digit")):
-            return font
-        size -= 0.5
+    """The typeface as large as every text of the page fits its slot."""
+    texts = [fact for fact in page.facts if fact.kind in ("word", "digit")]
+    fonts = [_face(name, size * scale) for size in SIZES]
+    return next((font for font in fonts if all(_fits(fact, font, scale) for fact in texts)), fonts[-1])
 
 
 def _fits(fact: Fact, font: ImageFont.FreeTypeFont, scale: float) -> bool:
     left, top, right, bottom = fact.box
-    width, height = _text(fact.name, font).size
+    width, height = _text(fact.name, font)[0].size
     return width <= (right - left - 2) * scale and height <= (bottom - top - 1) * scale
 
 
 @cache
-def _text(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """The text as a mask cropped to its ink."""
-    left, top, right, bottom = font.getbbox(text)
-    mask = Image.new("L", (right - left + 2, bottom - top + 2))
-    ImageDraw.Draw(mask).text((1 - left, 1 - top), text, fill=255, font=font)
-    return mask.crop(mask.getbbox())
+def _text(text: str, font: ImageFont.FreeTypeFont) -> tuple[Image.Image, int]:
+    """The text as a mask cropped to its ink, and how far below the line's top that begins."""
+    left, _, right, bottom = (round(edge) for edge in font.getbbox(text))
+    mask = Image.new("L", (right - left + 2, bottom + 2))
+    ImageDraw.Draw(mask).text((1 - left, 0), text, fill=255, font=font)
+    ink = mask.getbbox()
+    return mask.crop(ink), ink[1]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from vtc.eval.scenes import Thing
 
 QUESTIONS = 12
 """Packed behind an image, beside its caption."""
-WORDS_A_PATCH = 12
+WORDS_A_PATCH = 16
 """A patch that two things touch is named by both."""
 
 
@@ -107,17 +108,30 @@ def to_pixels(image: Image.Image, size: int | None = None) -> Tensor:
 
 
 def _patch_words(sample: Sample, preset: Preset) -> Tensor:
-    """The description of whatever touches a patch and the halves of the image it is in, or the word "nothing"."""
+    """What touches a patch, its letters there, and the halves of the image that it is in; or the word "nothing"."""
     named: dict[int, list[int]] = defaultdict(list)
     for thing in sample.things:
         x, y = (2 * c < sample.image.width for c in thing.center)
         words = (*thing.words, "left" if x else "right", "top" if y else "bottom")
         ids = [encode(f" {word}", preset.benchmarks)[0] for word in words]
         for patch in sample.touched(thing, preset.grid):
-            named[patch] += ids
+            named[patch] += ids + _letters(sample, thing, patch, preset)
     nothing = encode(" nothing", preset.benchmarks)
     found = (dict.fromkeys(named.get(patch, nothing)) for patch in range(preset.grid**2))
     return torch.tensor([([*ids] + [-1] * WORDS_A_PATCH)[:WORDS_A_PATCH] for ids in found])
+
+
+def _letters(sample: Sample, thing: Thing | Fact, patch: int, preset: Preset) -> list[int]:
+    """Which letters of a word on a page stand on a patch: small ones are read much sooner when they are asked for."""
+    if not isinstance(thing, Fact) or thing.kind != "word":
+        return []
+    side, (left, top, right, bottom) = sample.image.width / preset.grid, thing.box
+    x, y = patch % preset.grid * side - left, patch // preset.grid * side
+    if min(bottom, y + side) - max(top, y) < side / 3:
+        return []
+    letter = (right - left) / len(thing.name)
+    seen = thing.name[max(0, math.floor(x / letter)) : math.ceil((x + side) / letter)]
+    return [encode(each, preset.benchmarks)[0] for each in seen]
 
 
 def _present(sample: Sample, preset: Preset) -> Tensor:
