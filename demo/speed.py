@@ -9,7 +9,8 @@ from statistics import median
 from torch import Tensor
 
 import vtc
-from vtc import adapter, cost
+from vtc import adapter
+from vtc.eval import cost
 from vtc.eval.reader import Reader
 from vtc.stage import Budget, Method
 

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 import vtc
-from vtc import adapter, cost
+from vtc import adapter
 from vtc.cache.held import nbytes
-from vtc.eval import shapes
+from vtc.eval import cost, shapes
 from vtc.trace import Trace
 
 PARTS = {

@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vtc.eval import report
 from vtc.methods.compose import find_method
@@ -37,9 +39,23 @@ class Spent(NamedTuple):
     def of(cls, trace: Trace, token_bytes: int) -> list[Spent]:
         """Of each row of a batch."""
         unit = token_bytes / trace.depth
-        sizes = trace.held_sizes.sum(1), trace.read_sizes.sum(1), trace.peak_size
+        sizes = trace.held_sizes.sum(1), trace.read_sizes.sum(1), peak_size(trace)
         return [cls(tokens, *(unit * size for size in row)) for tokens, *row in
                 zip(trace.average_tokens.tolist(), *(size.tolist() for size in sizes), strict=True)]  # fmt: skip
+
+
+def peak_size(trace: Trace) -> Tensor:
+    """FloatTensor (batch): the most that the caches of all layers hold at once in the prefill, as `Trace.held_sizes`.
+
+    A layer takes in all that enters it, and gives back before the next one runs, or behind the layer that its stage
+    waits for. What a method copies besides is not in it.
+    """
+    held, entered, peak = trace.held_sizes, trace.tokens_per_layer.float(), torch.zeros(trace.batch)
+    waits = {stage.site.layer: stage.site.after for stage in trace.stages if isinstance(stage.site, Cache)}
+    for now in range(trace.depth):
+        done = torch.tensor([layer < now and (waits.get(layer) or 0) < now for layer in range(now + 1)])
+        peak = peak.maximum(held[:, : now + 1].where(done, entered[:, : now + 1]).sum(1))
+    return peak
 
 
 def mark(rows: Sequence[Row], named: Mapping[str, str | Method] = MappingProxyType({})) -> None:

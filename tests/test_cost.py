@@ -12,8 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 import vtc
-from vtc import cost
-from vtc.eval import bench, peers, shapes
+from vtc.eval import bench, cost, peers, shapes
 from vtc.methods.fastv import FastV
 
 VICUNA = LlamaConfig()  # 7B: 4096 wide, 11008 inner, 32 layers, 32 heads

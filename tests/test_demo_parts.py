@@ -25,7 +25,7 @@ from vtc.demo.layout import layout
 from vtc.demo.media import opened, sampled
 from vtc.demo.shelf import Shelf, Shown
 from vtc.demo.view import _by_picture, fates
-from vtc.eval import scenes
+from vtc.eval import cost, scenes
 from vtc.eval.reader import model_path
 
 pytest_plugins = ("demo_fixtures",)
@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_the_run(reader):
     assert pair.compressed.tokens == pytest.approx(pair.trace.average_tokens.item())
     counts = pair.trace.tokens_per_layer[0].tolist()
     new = len(reader.processor.tokenizer(f" {pair.compressed.text}", add_special_tokens=False).input_ids)
-    assert pair.compressed.kv_bytes == vtc.cost.kv_bytes(counts, text + new, config, 4)
+    assert pair.compressed.kv_bytes == cost.kv_bytes(counts, text + new, config, 4)
     assert pair.full.kv_bytes > pair.compressed.kv_bytes
     assert pair.compressed.decode > 0 < pair.compressed.prefill
 

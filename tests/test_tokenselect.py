@@ -14,6 +14,7 @@ from test_cache_site import GREEDY, PLAIN, WINDOWED
 import vtc
 from vtc.cache.held import nbytes
 from vtc.choice import Seen
+from vtc.eval.memory import peak_size
 from vtc.methods.tokenselect import TokenSelect, votes
 from vtc.select import top_k
 from vtc.stage import Stage
@@ -183,7 +184,7 @@ def test_all_is_held_and_a_step_is_handed_what_it_reads(llava, monkeypatch):
     assert trace.average_tokens.tolist() == [18]
     assert trace.held_sizes.tolist() == [[72] * 6]
     assert trace.read_sizes.tolist() == [[72 / 2 + 2 * 18] * 6]
-    assert trace.peak_size.tolist() == [72 * 6]
+    assert peak_size(trace).tolist() == [72 * 6]
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])

@@ -189,20 +189,6 @@ class Trace:
         return sizes
 
     @property
-    def peak_size(self) -> Tensor:
-        """FloatTensor (batch): in the same unit, the most that the caches of all layers hold at once in the prefill.
-
-        A layer takes in all that enters it, and gives back before the next one runs, or behind the layer that its stage
-        waits for. What a method copies besides is not in it.
-        """
-        held, entered, peak = self.held_sizes, self.tokens_per_layer.float(), torch.zeros(self.batch)
-        waits = {stage.site.layer: stage.site.after for stage in self.stages if isinstance(stage.site, Cache)}
-        for now in range(self.depth):
-            done = torch.tensor([layer < now and (waits.get(layer) or 0) < now for layer in range(now + 1)])
-            peak = peak.maximum(held[:, : now + 1].where(done, entered[:, : now + 1]).sum(1))
-        return peak
-
-    @property
     def average_tokens(self) -> Tensor:
         """FloatTensor (batch): visual tokens held, averaged over the decoder layers, all images of a row together.
 
