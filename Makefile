@@ -10,6 +10,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 CURVE_FLAGS ?=
+# one more than there are cores, as some tests wait for processes of their own
+WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
 QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two- or samples)
 
 .PHONY: curve quick test clean
@@ -27,7 +29,7 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
 # lmms-eval goes last and without what it declares: that includes torchvision, whose wheel for CUDA does not even import

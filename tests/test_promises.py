@@ -397,6 +397,7 @@ def test_inputs_embeds(model, method):
 # -- budgets and errors -------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("budget", [1, 3, 9, 20, 35, 0.1, 0.25, 0.5, 0.9])
 def test_a_budget_is_the_layer_average(llava, budget):
     model = llava
