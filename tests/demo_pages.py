@@ -65,7 +65,10 @@ def choose(page: Page, number: int = 1) -> None:
     assert examples.SHOWN[1] == NUMBER
     page.locator(".thumbnails button").nth(number).click()
     page.locator("#image img").wait_for()
-    page.wait_for_function("document.querySelector('#question textarea, #question input').value !== ''")
+    page.wait_for_function(  # an image and a question may be there from before
+        "question => document.querySelector('#question textarea, #question input').value === question",
+        arg=examples.scene(examples.SHOWN[number])[1],
+    )
 
 
 def write(page: Page, question: str) -> None:
