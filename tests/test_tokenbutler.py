@@ -20,7 +20,7 @@ from vtc.eval.reader import load
 from vtc.methods.predictor import Predictor
 from vtc.methods.tokenbutler import TokenButler
 
-SEEDS = range(2)
+SEEDS = range(5)
 LAYERS, HEADS, WIDTH = 6, 2, 32
 
 
