@@ -13,6 +13,8 @@ import pytest
 from vtc.eval import pages, scenes, tasks
 from vtc.eval.pages import KINDS, LEVELS, SIDE, TASKS, Page, content
 from vtc.eval.pages.content import MARKERS, WORDS, Fact
+from vtc.eval.reference import data
+from vtc.eval.reference.model import PRESETS
 from vtc.eval.scenes import COLORS, SHAPES, Example
 
 
@@ -232,7 +234,30 @@ def test_pages_scale():
     assert large[0].size == (336, 336)
     for one, other in zip(small[1].facts, large[1].facts, strict=True):
         assert (one.name, one.of) == (other.name, other.of)
-        assert all(abs(a - b / 2.8) < 10 for a, b in zip(one.center, other.center, strict=True))
+        assert all(abs(2.8 * a - b) < 14 for a, b in zip(one.center, other.center, strict=True))
+
+
+def test_training_asks_for_the_letters_where_they_stand():
+    """Each letter of a word on the patches that it reaches with a third of their height, from left to right: so none of
+    a word of four pixels' height that two rows of patches share."""
+    preset = PRESETS["both"]
+    for index in range(6):
+        sample = data._sample("pages", "train", 0, index)
+        for fact in (fact for fact in sample.things if fact.kind == "word"):
+            left, top, right, bottom = fact.box
+            width, found = (right - left) / len(fact.name), set()
+            for patch in fact.patches(8, 15):
+                said = data._letters(sample, fact, patch, preset)
+                x, y = patch % 15 * 8, patch // 15 * 8
+                reached = [
+                    (number, letter)
+                    for number, letter in enumerate(fact.name)
+                    if left + number * width < x + 8 and left + (number + 1) * width > x
+                ]
+                high = sum(top <= row < bottom for row in range(y, y + 8)) >= 3
+                assert said == [data.encode(letter, preset.benchmarks)[0] for _, letter in reached if high]
+                found |= {number for number, _ in reached if high}
+            assert len(found) == (0 if bottom - top == 4 and top % 8 == 6 else len(fact.name))
 
 
 def test_a_caption_lists_facts_in_reading_order():

@@ -60,9 +60,8 @@ def _photo(split: Split, random: Random, size: int) -> Image.Image:
 def _paper(split: Split, random: Random, size: int, dark: bool) -> Image.Image:
     contrast, black = random.uniform(0.1, 0.3), random.randint(0, 20) if dark else random.randint(150, 178)
     photo = np.asarray(_photo(split, random, size)) * contrast + black
-    grain = np.random.default_rng(random.getrandbits(32)).normal(
-        0, 2.5, (size, size, 1)
-    )  # where the photograph has none
+    # where the photograph has no grain
+    grain = np.random.default_rng(random.getrandbits(32)).normal(0, 2.5, (size, size, 1))
     return Image.fromarray((photo + grain).round().clip(0, 255).astype(np.uint8))
 
 
@@ -131,7 +130,8 @@ def _within(slot: tuple[float, ...], size: tuple[int, int], scale: float, random
     width, height = size
     across, down = (step * scale for step in GRID)
     first, last = math.ceil(left / across), math.floor((right - width) / across)
-    column = first + random.randint(0, min(max(0, last - first), 2))
+    places = 1 + min(max(0, last - first), 2)
+    column = first + int(places * random.random())  # one draw at any scale: a page is the same at all of them
     return round(column * across), round(round((top + bottom - height) / 2 / down) * down)
 
 
@@ -173,16 +173,16 @@ def _handwritten(digit: str, split: Split, side: int, random: Random) -> Image.I
 
 
 def _typeface(page: Page, name: str, scale: float) -> ImageFont.FreeTypeFont:
-    """The typeface as large as every text of the page fits its slot."""
+    """The typeface as large as every text of the page fits its slot, which is judged at SIDE x SIDE."""
     texts = [fact for fact in page.facts if fact.kind in ("word", "digit")]
-    fonts = [_face(name, size * scale) for size in SIZES]
-    return next((font for font in fonts if all(_fits(fact, font, scale) for fact in texts)), fonts[-1])
+    fitting = (size for size in SIZES if all(_fits(fact, _face(name, size)) for fact in texts))
+    return _face(name, next(fitting, SIZES[-1]) * scale)
 
 
-def _fits(fact: Fact, font: ImageFont.FreeTypeFont, scale: float) -> bool:
+def _fits(fact: Fact, font: ImageFont.FreeTypeFont) -> bool:
     left, top, right, bottom = fact.box
     width, height = _text(fact.name, font)[0].size
-    return width <= (right - left - 2) * scale and height <= (bottom - top - 1) * scale
+    return width <= right - left - 2 and height <= bottom - top - 1
 
 
 @cache
