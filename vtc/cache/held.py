@@ -66,20 +66,19 @@ class Held:
 
     def _as_long(self, held: int) -> Held:
         """After what was done to the cache behind our back: a crop, or compiled steps that left the hooks out."""
-        count = self.layers[0].length - held
-        if count < 0 and self.rests:
-            place = self.layers[0].place
-            new = Columns.counted(self.seen, None, (len(place), -count), place.device)
-            layers = self._each(lambda columns: columns.then(new))
-            return replace(self, seen=self.seen - count, layers=layers, tail=self.tail - count)
-        if not 0 <= count <= self.tail:
+        place, count = self.layers[0].place, self.layers[0].length - held
+        grown = count < 0 and self.rests
+        if not grown and not 0 <= count <= self.tail:
             raise RuntimeError(
                 f"the cache holds {held} keys in layer 0 where vtc left {self.layers[0].length}: a pruned cache can be "
                 f"cropped by the {self.tail} tokens of text at its end only; start again from the prompt"
             )
-        return replace(
-            self, seen=self.seen - count, layers=self._each(lambda x: x.cropped(count)), tail=self.tail - count
-        )
+        if grown:
+            new = Columns.counted(self.seen, None, (len(place), -count), place.device)
+            layers = self._each(lambda x: x.then(new))
+        else:
+            layers = self._each(lambda x: x.cropped(count))
+        return replace(self, seen=self.seen - count, layers=layers, tail=self.tail - count)
 
     @property
     def pruned(self) -> bool:

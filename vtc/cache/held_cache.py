@@ -64,7 +64,7 @@ def attach(cache: Any, state: Any) -> None:
 
 
 def wake(cache: Any) -> None:
-    """Before a call that has to be looked at."""
+    """Before a call that is looked at: until it has ended, none of its parts may go by."""
     if isinstance(cache, HeldCache):
         cache.rests = False
 
@@ -73,15 +73,6 @@ def rest(cache: Any) -> None:
     """After a call."""
     if isinstance(cache, HeldCache):
         cache.rests = cache.vtc.rests
-
-
-def compiled_out(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether hooks are left out of the graph of a call of a wrapped model, or of a part of it, which the graph guards:
-    it brings no image (of which pixels may be a second positional argument), and its cache rests."""
-    if not torch.compiler.is_compiling() or len(args) > 1:
-        return False
-    sees = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
-    return not sees and getattr(kwargs.get("past_key_values"), "rests", False)
 
 
 def held_length(cache: Any, layer: int = 0) -> int:

@@ -21,7 +21,7 @@ from vtc.core.compression import Compression
 from vtc.core.features import Encoded, Encoding
 from vtc.core.force import InForce
 from vtc.core.forward import Forward
-from vtc.core.patch import Patch, after, around, before
+from vtc.core.patch import Patch, after, around, before, sees
 from vtc.core.skipping import skippable, skipped
 from vtc.need import Need, Record, recording
 from vtc.observe import Tower
@@ -103,7 +103,7 @@ class Hooks(InForce):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("generation_config") or self.model.generation_config
-        if _sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
+        if sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
             raise ValueError("a wrapped model reads a prompt with images whole: leave prefill_chunk_size out")
         guesses = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
         if self.compression.selects and any(kwargs.get(name, getattr(given, name, None)) for name in guesses):
@@ -124,13 +124,13 @@ class Hooks(InForce):
         observed = any(need is not None and not need.tower for need in self._handles)
         past: Any = getattr(kwargs.get("past_key_values"), "vtc", None)
         everything = isinstance(budget := self.compression.budget, float) and budget == 1
-        return not observed and (past is None or past.rests) and (everything or not _sees(kwargs))
+        return not observed and (past is None or past.rests) and (everything or not sees(kwargs))
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         running.set(None)
         held_cache.wake(kwargs.get("past_key_values"))
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-        compression = self.begin(_sees(given))
+        compression = self.begin(sees(given))
         call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
         for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
             call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
@@ -189,12 +189,6 @@ class Hooks(InForce):
             Encoded({need: rows[image].T for need, rows in packed.items()}, grids)
             for image, grids in enumerate(self.adapter.parts(call, [len(feature) for feature in features]))
         ]
-
-
-def _sees(given: dict[str, Any]) -> bool:
-    """Whether a call is given an image or a video."""
-    pixels = (given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-    return any(pixels) or bool(given.get("mm_encoder_outputs"))
 
 
 # -- the decoder ------------------------------------------------------------------------------------------------------

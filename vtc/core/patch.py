@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vtc.cache.held_cache import compiled_out
-
 
 class Patch:
     """Sets `owner.name`; `remove` gives the owner back what it had of its own, or nothing."""
@@ -55,6 +53,20 @@ def _after(hook: Callable[..., Any], part: nn.Module, args: tuple, kwargs: Any, 
     if not output:  # of such a call of another thread: what is here called kwargs is its output
         return _apart(hook, part, args, kwargs)
     return None if compiled_out(args, kwargs) else _apart(hook, part, args, *output)
+
+
+def compiled_out(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether hooks are left out of the graph of a call of a wrapped model, or of a part of it, which the graph guards:
+    it brings no image (of which pixels may be a second positional argument), and its cache rests."""
+    if not torch.compiler.is_compiling() or len(args) > 1 or sees(kwargs):
+        return False
+    return getattr(kwargs.get("past_key_values"), "rests", False)
+
+
+def sees(given: dict[str, Any]) -> bool:
+    """Whether a call is given an image or a video."""
+    pixels = (given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    return any(pixels) or bool(given.get("mm_encoder_outputs"))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
