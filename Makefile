@@ -11,7 +11,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 CURVE_FLAGS ?=
 # one more than there are cores, as some tests wait for processes of their own
-WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 QUICK := ([llava- or [llava] or [gemma3- or [gemma3] or [paligemma- or [paligemma]) and not (left- or right- or two- or samples)
 
 .PHONY: curve quick test clean
