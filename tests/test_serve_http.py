@@ -257,6 +257,29 @@ def test_one_more_is_told_when_to_come_again():
     assert refused.json()["error"]["type"] == "rate_limit_error"
 
 
+def test_who_has_the_whole_answer_finds_a_place():
+    """The last part and nothing before it gives the place back: a client sends its next request upon it."""
+    inside = []
+
+    async def streams(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run() -> None:
+        gate, messages = Gate(streams, Limits(waiting=1), Metrics()), asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": b"{}"})
+
+        async def send(_):
+            inside.append(gate.inside)
+
+        await gate({"type": "http", "method": "POST"}, messages.get, send)
+        assert gate.inside == 0
+
+    in_a_loop(run())
+    assert inside == [1, 1, 0]
+
+
 def test_a_client_that_goes_ends_its_request():
     ended = []
 

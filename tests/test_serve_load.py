@@ -49,7 +49,7 @@ def test_a_closed_loop_counts_what_is_answered(url):
     case = Case("tiny", new_tokens=5)
     bodies = [clients.body(PACKED, case, number) for number in range(6)]
     samples, seconds = in_a_loop(clients.closed(url, bodies, 2))
-    assert [sample.tokens for sample in samples] == [5] * 6
+    assert [(sample.status, sample.tokens) for sample in samples] == [(200, 5)] * 6
     assert all(0 < sample.first <= sample.whole <= seconds for sample in samples)
     found = clients.summary(samples, seconds)
     assert found["requests_per_second"] == pytest.approx(6 / seconds)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 from vtc.serve.limits import Limits
@@ -36,14 +37,21 @@ class Gate:
             seconds = str(max(1, math.ceil(self.usual)))
             why = f"{self.inside} requests are waiting: try again in {seconds} s"
             return await self._refuse(send, 429, why, ("retry-after", seconds))
-        self.inside += 1
-        start = time.monotonic()
-        try:
-            await self._answer(scope, receive, send)
-        finally:
+        with self._place() as place:
+            await self._answer(scope, receive, _leaving(place, send))
+        return None
+
+    def _place(self) -> ExitStack:
+        """A request's, until it is closed."""
+        start, place = time.monotonic(), ExitStack()
+
+        def left() -> None:
             self.inside -= 1
             self.usual += 0.1 * (time.monotonic() - start - self.usual)
-        return None
+
+        self.inside += 1
+        place.callback(left)
+        return place
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -100,6 +108,17 @@ def problem(status: int, why: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
     return {"error": {"message": why, "type": kind, "param": None, "code": status}}
+
+
+def _leaving(place: ExitStack, send: Send) -> Send:
+    """A client that has its whole answer finds its place free: it is given back before the last part goes out."""
+
+    async def leaving(message: Scope) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            place.close()
+        await send(message)
+
+    return leaving
 
 
 def _replay(body: bytes) -> Receive:
