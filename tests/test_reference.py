@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +19,7 @@ from vtc.eval.reference.network import cls_attention, gather, look, read
 from vtc.eval.reference.train import Trainer, subset, train
 
 TINY = PRESETS["tiny"]
-BOTH = replace(PRESETS["tiny"], size=120, benchmarks=("pages", "scenes"))
+BOTH = replace(PRESETS["tiny"], size=120, muon=True, benchmarks=("pages", "scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,9 @@ def test_patch_labels_say_what_is_there():
         assert int((batch.patch_words[row, :, 0] == encode(" nothing")[0]).sum()) > 100
 
 
-def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("muon", [False, True])
+def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch, muon):
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, muon=muon))
     whole = train(tmp_path / "whole", "tiny", report_every=100, workers=0, compiled=False)
 
     class Killed(Exception):
@@ -171,6 +176,44 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch):
     AutoModelForImageTextToText.from_pretrained(tmp_path / "killed" / "model")
     with pytest.raises(ValueError, match="another folder"):
         train(tmp_path / "killed", "tiny", read_steps=7, workers=0, compiled=False)
+
+
+def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
+    """Two processes on halves of the batches learn what one does from the mean of both halves' losses."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom vtc.eval.reference.train import train\n"
+        "train(sys.argv[1], 'tiny', report_every=100, workers=0, compiled=False)\n"
+    )
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    subprocess.run(
+        (*torchrun, script, tmp_path / "two"), env={**os.environ, "ACCELERATE_USE_CPU": "true"}, check=True, timeout=300
+    )
+
+    def advance(self: Trainer, batch: Batch) -> float:
+        reading = self.step >= self.preset.tower_steps
+        self._set_learning_rate(reading)
+        self.model.zero_grad(set_to_none=True)
+        self.labels.zero_grad(set_to_none=True)
+        for number in range(2):
+            half, generator = batch.part(number, 2), torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
+            with torch.autocast("cpu", torch.bfloat16):
+                states = look(self.model, half.pixels)
+                loss = self._tower_loss(half, states)
+                if reading:
+                    loss = loss + self._read_loss(half, states, generator)
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    monkeypatch.setattr(Trainer, "advance", advance)
+    one = train(tmp_path / "one", "tiny", report_every=100, workers=0, compiled=False)
+    two = AutoModelForImageTextToText.from_pretrained(tmp_path / "two" / "model")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, msg=name)
 
 
 def test_both_are_trained_together_and_reported_apart(tmp_path):

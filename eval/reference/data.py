@@ -36,6 +36,11 @@ class Batch:
     present: Tensor
     samples: list[Sample]
 
+    def part(self, number: int, of: int) -> Batch:
+        """Consecutive images: benchmarks come in turn, so that each part has some of each."""
+        images = slice(len(self.samples) * number // of, len(self.samples) * (number + 1) // of)
+        return Batch(**{name: value[images] for name, value in vars(self).items()})
+
 
 @dataclass
 class Sample:

@@ -47,6 +47,8 @@ class Preset:
     read_steps: int = 2700
     read_batch: int = 24
     learning_rate: float = 1e-3
+    muon: bool = False
+    """Whether Muon trains the matrices of the layers; AdamW trained the model that ships as `reference`."""
     benchmarks: tuple[str, ...] = ("scenes",)
     """What it learns to read; images come in turn."""
 
@@ -63,7 +65,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(),
-    "both": Preset(120, 8, (160, 8, 5, 480), (160, 8, 5, 400), 9000, 24, 6000, 16, 1e-3, ("pages", "scenes")),
+    "both": Preset(120, 8, (160, 8, 5, 480), (160, 8, 5, 400), 4000, 24, 5000, 16, 1e-3, True, ("pages", "scenes")),
     "large": Preset(336, 14, (320, 9, 5, 832), (320, 10, 5, 640), 20_000, 128, 60_000, 64, 5e-4),
     "tiny": Preset(96, 8, (16, 3, 2, 32), (16, 2, 2, 32), 2, 4, 2, 4),
 }

@@ -7,6 +7,9 @@
 A decoder trained on whole images alone breaks when the composition of its visual tokens changes, and then any pruning
 looks bad for a reason of its own. Hence, in phase 2, most batches see only some of the visual tokens, at their original
 positions, chosen in ways that favour no pruning method, and some rows see none.
+
+Several processes, as torchrun starts them, share each batch and average their gradients: on two cores two of one thread
+are faster than one of two.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -42,17 +47,35 @@ class Trainer:
 
     def __init__(self, out: Path, preset: Preset, seed: int):
         self.out, self.preset, self.seed, self.step = out, preset, seed, 0
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self.device = self.processes.device
         torch.manual_seed(seed)
         self.model = build_model(preset, shared_tokenizer(preset.benchmarks)).to(self.device)
         if self.device.type == "cpu":
             self.model.set_attn_implementation(FLOAT32)
         names = labels(preset.benchmarks)
         self.labels = Labels(preset.vision[0], preset.text[0], preset.grid, len(names)).to(self.device)
-        parameters = [*self.model.parameters(), *self.labels.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+        self.weights = [*self.model.parameters(), *self.labels.parameters()]
+        self.optimizers = self._optimizers()
         self.nothing = encode(" nothing", preset.benchmarks)[0]
         self.load()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon (github.com/KellerJordan/Muon) for the matrices of the layers where the preset says so, else AdamW.
+
+        Raises ValueError where torch, before 2.9, has no Muon.
+        """
+        if self.preset.muon and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"this preset is trained with torch.optim.Muon: torch {torch.__version__} is older than 2.9"
+            )
+        named = self.model.named_parameters()
+        matrices = [weight for name, weight in named if self.preset.muon and ".layers." in name and weight.ndim == 2]
+        rest = [weight for weight in self.weights if all(weight is not one for one in matrices)]
+        found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.02)]
+        if matrices:
+            found.append(torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
+        return found
 
     # ------------------------------------------------------------ what survives an interruption
 
@@ -69,14 +92,15 @@ class Trainer:
             raise ValueError(f"{self.checkpoint} is of another preset, seed or number of steps; choose another folder")
         self.model.load_state_dict(state["model"])
         self.labels.load_state_dict(state["labels"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
 
     def save(self) -> None:
         """Write the checkpoint whole or not at all."""
         state = {"preset": _plain(self.preset), "seed": self.seed, "step": self.step}
-        for name in ("model", "labels", "optimizer"):
-            state[name] = getattr(self, name).state_dict()
+        state |= {"model": self.model.state_dict(), "labels": self.labels.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         self.out.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
@@ -90,42 +114,58 @@ class Trainer:
     # ------------------------------------------------------------ steps
 
     def run(self, report_every: int, workers: int, compiled: bool) -> None:
-        """Train to the end, with a progress bar, reports and checkpoints; then export."""
-        preset, saved = self.preset, time.monotonic()
+        """Train to the end; the first process has a progress bar, reports and checkpoints, and exports."""
+        preset, saved, first = self.preset, time.monotonic(), self.processes.is_main_process
         total = preset.tower_steps + preset.read_steps
         self.model.train()
         if compiled:  # a narrow model spends most of its time between matrix products
             for layer in (*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers):
                 layer.compile(dynamic=True)
-        with progress.bar("steps", total, self.step) as tick:
+        with progress.bar("steps", total, self.step, shown=first) as tick:
             for batch in batches(preset, self.seed, self.step, total, workers):
                 loss = self.advance(batch)
                 tick(say=f"steps, loss {loss:.3f}")
+                if not first:
+                    continue
                 if self.step % report_every == 0 or self.step in (preset.tower_steps, total):
                     print(f"step {self.step}: {self.report()}", flush=True)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()
-        self.save()
-        self.export()
+        if first:
+            self.save()
+            self.export()
 
     def advance(self, batch: Batch) -> float:
-        """One optimiser step; returns its loss."""
+        """One optimiser step; returns its loss, of this process's part of the batch."""
+        batch = batch.part(self.processes.process_index, self.processes.num_processes)
         reading = self.step >= self.preset.tower_steps
         self._set_learning_rate(reading)
-        # a step draws the same subsets whether or not the training was interrupted before it
+        # a step draws the same, interrupted before or not; and in all processes, so that they read equally many tokens
         generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16):
             states = look(self.model, batch.pixels.to(self.device))
             loss = self._tower_loss(batch, states)
             if reading:
                 loss = loss + self._read_loss(batch, states, generator)
-        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights:
+            weight.grad = None
         loss.backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
+        self._average()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         return loss.item()
+
+    def _average(self) -> None:
+        """The gradients of all processes."""
+        if self.processes.num_processes == 1:
+            return
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _set_learning_rate(self, reading: bool) -> None:
         """Warm-up and a cosine to a twentieth, a phase."""
@@ -133,7 +173,8 @@ class Trainer:
         step, steps = (self.step - tower, self.preset.read_steps) if reading else (self.step, tower)
         rate = min(1.0, (step + 1) / min(200, 1 + steps // 10))
         rate *= self.preset.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-        self.optimizer.param_groups[0]["lr"] = rate
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
 
     def _tower_loss(self, batch: Batch, states: list[Tensor]) -> Tensor:
         """Every patch and the CLS token, by their labels."""

@@ -23,6 +23,8 @@ def reference(
     Example:
 
       vtc train reference --out out/reference && vtc eval --model out/reference/model
+
+      ACCELERATE_USE_CPU=1 torchrun --standalone --nproc_per_node 2 -m vtc train reference --preset both --out out/both
     """
     need("matplotlib", "sklearn", extra="eval")
     quiet()
