@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vtc.eval import pages, reference, scenes
@@ -214,6 +215,12 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
     two = AutoModelForImageTextToText.from_pretrained(tmp_path / "two" / "model")
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, msg=name)
+
+
+def test_batches_that_processes_cannot_share_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 3)
+    with pytest.raises(ValueError, match="3 processes cannot share batches of 4 and 4 images"):
+        Trainer(tmp_path, TINY, seed=0)
 
 
 def test_both_are_trained_together_and_reported_apart(tmp_path):

@@ -48,6 +48,11 @@ class Trainer:
     def __init__(self, out: Path, preset: Preset, seed: int):
         self.out, self.preset, self.seed, self.step = out, preset, seed, 0
         self.processes = PartialState(cpu=not torch.cuda.is_available())
+        if any(images % self.processes.num_processes for images in (preset.tower_batch, preset.read_batch)):
+            raise ValueError(
+                f"{self.processes.num_processes} processes cannot share batches of {preset.tower_batch} and "
+                f"{preset.read_batch} images evenly"
+            )
         self.device = self.processes.device
         torch.manual_seed(seed)
         self.model = build_model(preset, shared_tokenizer(preset.benchmarks)).to(self.device)
