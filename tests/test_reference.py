@@ -194,8 +194,8 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
     def advance(self: Trainer, batch: Batch) -> float:
         reading = self.step >= self.preset.tower_steps
         self._set_learning_rate(reading)
-        self.model.zero_grad(set_to_none=True)
-        self.labels.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         for number in range(2):
             half, generator = batch.part(number, 2), torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
             with torch.autocast("cpu", torch.bfloat16):

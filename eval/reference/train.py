@@ -153,8 +153,8 @@ class Trainer:
             loss = self._tower_loss(batch, states)
             if reading:
                 loss = loss + self._read_loss(batch, states, generator)
-        for weight in self.weights:
-            weight.grad = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
         self._average()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -297,7 +297,8 @@ def train(
 
     `preset` is one of PRESETS; the numbers of steps default to the preset's. `workers` processes draw scenes.
     The layers are compiled where there is a C++ compiler, unless `compiled` says otherwise. Raises ValueError for
-    an unknown preset or where `out` holds a checkpoint of other settings.
+    an unknown preset, where `out` holds a checkpoint of other settings, where processes cannot share its batches
+    evenly, and where torch is too old for its optimiser.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
