@@ -179,13 +179,35 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch, muon):
         train(tmp_path / "killed", "tiny", read_steps=7, workers=0, compiled=False)
 
 
+RESUMED = """
+import sys
+from accelerate import PartialState
+from vtc.eval.reference.train import Trainer, train
+
+class Stopped(Exception): ...
+
+def stops_at_three(self, batch):
+    if self.step == 3:
+        raise Stopped
+    loss = advance(self, batch)
+    if self.processes.is_main_process:
+        self.save()
+    return loss
+
+advance, Trainer.advance = Trainer.advance, stops_at_three
+try:
+    train(sys.argv[1], "tiny", workers=0, compiled=False)
+except Stopped:
+    PartialState().wait_for_everyone()
+Trainer.advance = advance
+train(sys.argv[1], "tiny", report_every=100, workers=0, compiled=False)
+"""
+
+
 def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
-    """Two processes on halves of the batches learn what one does from the mean of both halves' losses."""
+    """Two processes on halves of the batches, stopped after 3 steps and resumed, learn what one does from the mean."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\nfrom vtc.eval.reference.train import train\n"
-        "train(sys.argv[1], 'tiny', report_every=100, workers=0, compiled=False)\n"
-    )
+    script.write_text(RESUMED)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     subprocess.run(
         (*torchrun, script, tmp_path / "two"), env={**os.environ, "ACCELERATE_USE_CPU": "true"}, check=True, timeout=300

@@ -92,7 +92,7 @@ class Trainer:
         """Take up the checkpoint in `out`, if there is one."""
         if not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         if (state["preset"], state["seed"]) != (_plain(self.preset), self.seed):
             raise ValueError(f"{self.checkpoint} is of another preset, seed or number of steps; choose another folder")
         self.model.load_state_dict(state["model"])
