@@ -11,8 +11,8 @@ from collections import Counter
 from random import Random
 from typing import get_args
 
+from vtc.eval.marking import normalise
 from vtc.eval.material import Split
-from vtc.eval.report import normalise
 from vtc.eval.scenes import CAPTION, Example, caption, draw
 
 TASKS = ("caption",)

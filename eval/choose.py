@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -26,34 +26,16 @@ from scipy.stats import beta
 
 import vtc
 from vtc.eval import folder, progress, report
+from vtc.eval.album import Album, Candidate, find_images, find_questions
 from vtc.eval.folder import Store
-from vtc.eval.images import open_image
 from vtc.eval.reader import Reader, load, model_path, pick_device
-from vtc.eval.rows import Asked
-from vtc.eval.tune import SUFFIXES
 from vtc.methods.compose import with_budget
+from vtc.stage import EVIDENCE
 
 CONFIDENCE = 0.95
 SEARCH = 16
 """The least images to search on, and the first slice of the halving."""
-QUESTIONS = (
-    "what is the main thing in the picture? answer with one word.",
-    "what color is the largest thing? answer with one word.",
-    "how many things are there? answer with a number.",
-    "is there any text in the picture? answer yes or no.",
-)
-"""Asked in turn where the user has none."""
-MAX_BYTES = 2**24
-"""Of a file of questions."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    method: str
-    budget: vtc.Budget
-
-
-FULL = Candidate("full", 1.0)
 NONE = Candidate("uniform", 1.0)
 """What stands for no pruning: at a full budget any method is the untouched model, bit for bit."""
 Agree = Callable[[Candidate, Sequence[int]], np.ndarray]
@@ -68,8 +50,10 @@ class Tested:
     candidate: Candidate
     images: int
     agreeing: int
-    bound: float | None
-    """The agreement on images like these is at least this, with CONFIDENCE; None where the test was broken off."""
+    passed: bool
+    """Whether the promise is kept. No bound of its own: picked among several, one would not hold with CONFIDENCE."""
+    reason: str = ""
+    """Why it cannot be run on some image, where that ended the test."""
 
 
 @dataclass(frozen=True)
@@ -158,161 +142,28 @@ def examine(agree: Agree, candidate: Candidate, images: Sequence[int], promise: 
         new = images[seen : seen + step]
         try:
             agreeing += int(agree(candidate, new).sum())
-        except vtc.BudgetError:  # images of many sizes: it cannot be run on some
-            return Tested(candidate, seen, agreeing, None)
+        except vtc.BudgetError as error:  # images of many sizes: it cannot be run on some
+            return Tested(candidate, seen, agreeing, False, str(error))
         seen += len(new)
-    return Tested(candidate, seen, agreeing, lower_bound(agreeing, seen) if seen - agreeing <= allowed else None)
+    return Tested(candidate, seen, agreeing, seen - agreeing <= allowed)
 
 
 def choose(agree: Agree, candidates: Sequence[Candidate], images: int, promise: float, seed: int = 0) -> Verdict:
     """Search and test. Raises ValueError for too few images, and for budgets that have no order."""
-    budgets = {candidate.budget for candidate in candidates}
-    if len({type(budget) for budget in budgets}) > 1:
+    if len({type(candidate.budget) for candidate in candidates}) > 1:
         raise ValueError("budgets are all fractions or all numbers of tokens: else nobody knows which is the larger")
     search, held = deal(images, promise, seed)
     tested: list[Tested] = []
-    for budget in sorted(budgets, reverse=True):
+    for budget in sorted({candidate.budget for candidate in candidates}, reverse=True):
         methods = [candidate.method for candidate in candidates if candidate.budget == budget]
         if (method := halve(agree, methods, budget, search)) is None:
             continue
         tested.append(examine(agree, Candidate(method, budget), held, promise))
-        if tested[-1].bound is None:
+        if not tested[-1].passed:
             break
-    passed = [one for one in tested if one.bound is not None]
+    passed = [one for one in tested if one.passed]
     chosen = passed[-1] if passed else None
     return Verdict(chosen, tested, len(search), len(held), misses_allowed(len(held), promise))
-
-
-# -- a user's images and questions ----------------------------------------------------------------------------------
-
-
-def find_images(where: Path, bar: bool = False) -> tuple[list[Path], list[str]]:
-    """The images of a folder by name, each content once, and the digests of these.
-
-    Each is opened, so that a broken one is known before any work is done. Raises ValueError for a folder without
-    images, and for files that cannot be read, all by name.
-    """
-    if not where.is_dir():
-        raise ValueError(f"no such folder of images: {where}")
-    files = sorted(path for path in where.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {where}")
-    found: dict[str, Path] = {}
-    broken: list[str] = []
-    with progress.bar("reading images", len(files), shown=bar) as tick:
-        for file in files:
-            try:
-                open_image(file)
-                found.setdefault(hashlib.sha256(file.read_bytes()).hexdigest(), file)
-            except ValueError as error:
-                broken.append(str(error))
-            tick()
-    if broken:
-        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise ValueError(f"{'; '.join(broken[:5])}{more}: take them out of the folder")
-    return list(found.values()), list(found)
-
-
-def find_questions(file: Path | None, images: Sequence[Path]) -> list[tuple[str, ...]]:
-    """The questions about each image.
-
-    A text file has a question a line, and images are asked them in turn. In a .jsonl file each line is an object such
-    as {"image": "a.jpg", "question": "what is this?"}; images without one are asked nothing. Raises ValueError for what
-    cannot be read, with the line.
-    """
-    if file is None:
-        return [(QUESTIONS[n % len(QUESTIONS)],) for n in range(len(images))]
-    if not file.is_file():
-        raise ValueError(f"no such file of questions: {file}")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} has more than {MAX_BYTES // 2**20} MB")
-    try:
-        lines = [(number, text.strip()) for number, text in enumerate(file.read_text("utf-8").splitlines(), 1)]
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is no text in UTF-8") from None
-    if not (lines := [(number, text) for number, text in lines if text]):
-        raise ValueError(f"{file} holds no question")
-    if file.suffix != ".jsonl":
-        return [(lines[n % len(lines)][1],) for n in range(len(images))]
-    asked: dict[str, list[str]] = {}
-    for number, text in lines:
-        try:
-            found = json.loads(text)
-            name, question = found["image"], found["question"]
-            if not (isinstance(name, str) and isinstance(question, str) and question.strip()):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{file}, line {number}: not {{"image": "a.jpg", "question": "what is this?"}}') from None
-        asked.setdefault(name, []).append(question)
-    if unknown := [name for name in asked if name not in {image.name for image in images}]:
-        raise ValueError(f"{file}: no image {unknown[0]!r} in the folder, or it is a copy of another one")
-    return [tuple(asked.get(image.name, ())) for image in images]
-
-
-class Answered(Asked):
-    """A line of results.jsonl: what was said to one question about one image."""
-
-    prediction: str
-    tokens: float
-    """Visual tokens of the image, averaged over the decoder layers, measured."""
-
-
-@dataclass
-class Album:
-    """A user's images, asked by one model, in full or by a candidate. It is an `Agree`."""
-
-    reader: Reader
-    images: Sequence[Path]
-    questions: Sequence[tuple[str, ...]]
-    store: Store[Answered]
-    batch_size: int = 8
-    tick: progress.Tick = field(default=lambda steps=1, say=None: None)
-
-    def __call__(self, candidate: Candidate, indices: Sequence[int]) -> np.ndarray:
-        full, pruned = self._answers(FULL, indices), self._answers(candidate, indices)
-        same = [all(map(report.is_correct, *pair)) for pair in zip(pruned, full, strict=True)]
-        self.tick(len(indices), f"{candidate.method}, {report.written(candidate.budget)}")
-        return np.array(same, bool)
-
-    def tokens(self, candidate: Candidate) -> float:
-        """Measured, over what it was asked."""
-        asked = [line for line in self.store.lines.values() if _of(line) == candidate]
-        return float(np.mean([line["tokens"] for line in asked]))
-
-    def _answers(self, candidate: Candidate, indices: Sequence[int]) -> list[list[str]]:
-        """Of each image, to each of its questions; what is not known yet is asked, a batch at a time."""
-        pairs = [(i, number) for i in indices for number in range(len(self.questions[i]))]
-        new = [pair for pair in pairs if self._key(candidate, *pair) not in self.store.lines]
-        for start in range(0, len(new), self.batch_size):
-            self._ask(candidate, new[start : start + self.batch_size])
-        said = {pair: self.store.lines[self._key(candidate, *pair)]["prediction"] for pair in pairs}
-        return [[said[i, number] for number in range(len(self.questions[i]))] for i in indices]
-
-    def _ask(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
-        opened = [open_image(self.images[i]) for i, _ in pairs]
-        inputs = self.reader.inputs(opened, [self.questions[i][number] for i, number in pairs])
-        if candidate == FULL:
-            said, tokens = self.reader.answers(inputs), self.reader.visual_tokens(inputs).float().tolist()
-        else:
-            with vtc.compressed(self.reader.model, candidate.method, candidate.budget) as trace:
-                said = self.reader.answers(inputs)
-            tokens = trace.average_tokens.tolist()
-        self.store.add(
-            [
-                {**asdict(candidate), "question_id": self._id(*pair), "prediction": text, "tokens": count}
-                for pair, text, count in zip(pairs, said, tokens, strict=True)
-            ]
-        )
-
-    def _id(self, image: int, number: int) -> str:
-        return f"{self.images[image].name}#{number}"
-
-    def _key(self, candidate: Candidate, image: int, number: int) -> str:
-        return folder.key(candidate.method, candidate.budget, self._id(image, number))
-
-
-def _of(line: Asked) -> Candidate:
-    return Candidate(line["method"], line["budget"])
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -335,7 +186,8 @@ class Settings:
 
 
 ANSWERS = ("model", "batch_size", "max_new_tokens")
-"""The settings that answers depend on: a run with others of the rest goes on with what the folder holds."""
+"""The settings that answers depend on, beside methods, budgets, images and questions: a run with another promise or
+seed goes on with what the folder holds."""
 
 
 def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False) -> tuple[Verdict, dict[str, str]]:
@@ -351,23 +203,37 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     deal(len(images), settings.agree, settings.seed)
     path, device = model_path(settings.model), pick_device(settings.device)
     reader = load(path, device, settings.max_new_tokens)
-    candidates, refused = working(reader, settings.methods, settings.budgets)
-    data = hashlib.sha256(json.dumps([digests, questions]).encode()).hexdigest()[:16]
+    methods = resolve(settings.methods)
+    candidates, refused = working(reader, methods, settings.budgets)
+    names = [image.name for image in images]
+    data = hashlib.sha256(json.dumps([names, digests, questions]).encode()).hexdigest()[:16]
     found: dict[str, str] = {}
     for name in {candidate.method for candidate in candidates}:
-        found |= folder.method_digests(reader.model, {name: name}, [x.budget for x in candidates if x.method == name])
+        budgets = [x.budget for x in candidates if x.method == name]
+        found |= folder.method_digests(reader.model, {name: methods[name]}, budgets)
     asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
     config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
     folder.open_folder(out, config, restart)
-    album = Album(reader, images, questions, Store(out / "results.jsonl"), settings.batch_size)
+    tried = promised(out / "choice.json")
+    album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
     with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
         verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
-    write(verdict, settings, album, out / "choice.json")
+    write(verdict, settings, album, out / "choice.json", tried)
     return verdict, refused
 
 
+def resolve(names: Sequence[str]) -> dict[str, vtc.Method]:
+    """The methods that are named. Raises ValueError for a file that says a budget."""
+    found: dict[str, vtc.Method] = {}
+    for name in names:
+        found[name], own = with_budget(name)
+        if own is not None:
+            raise ValueError(f"{name} names a budget, and the budget is what is looked for: take it out of the file")
+    return found
+
+
 def working(
-    reader: Reader, methods: Sequence[str], budgets: Sequence[vtc.Budget]
+    reader: Reader, methods: Mapping[str, vtc.Method], budgets: Sequence[vtc.Budget]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """What this model can be wrapped with, and why not the rest. Raises ValueError where nothing is left.
 
@@ -375,11 +241,8 @@ def working(
     """
     left: list[Candidate] = []
     refused: dict[str, str] = {}
-    for name in dict.fromkeys(methods):
-        method, own = with_budget(name)
-        if own is not None:
-            raise ValueError(f"{name} names a budget, and the budget is what is looked for: take it out of the file")
-        for budget in dict.fromkeys(budgets):
+    for name, method in methods.items():
+        for budget in report.distinct(budgets):
             try:
                 with vtc.compressed(reader.model, method, budget):
                     left.append(Candidate(name, budget))
@@ -403,7 +266,16 @@ def _at_most(settings: Settings, candidates: Sequence[Candidate], images: int) -
     return asked
 
 
-def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> None:
+def promised(file: Path) -> list[float]:
+    """The promises that runs in this folder tried before: with several the confidence is less than it says."""
+    try:
+        evidence = json.loads(file.read_text(encoding="utf-8"))[EVIDENCE]
+        return [*evidence["tried"], evidence["agree"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write(verdict: Verdict, settings: Settings, album: Album, file: Path, tried: Sequence[float] = ()) -> None:
     """The JSON file that stands for method and budget wherever a method is named; evidence beside."""
     chosen = verdict.chosen.candidate if verdict.chosen else NONE
     evidence: dict[str, Any] = {
@@ -411,6 +283,7 @@ def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> Non
         "model": settings.model,
         "agree": settings.agree,
         "confidence": CONFIDENCE,
+        "tried": sorted({*tried} - {settings.agree}),
         "searched": verdict.searched,
         "held": verdict.held,
         "misses_allowed": verdict.allowed,
@@ -418,7 +291,8 @@ def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> Non
         "seed": settings.seed,
         "tested": [{**asdict(one), "tokens": album.tokens(one.candidate)} for one in verdict.tested],
     }
-    vtc.find_method(chosen.method).to_json(file, chosen.budget, evidence)
+    method = album.methods.get(chosen.method) or vtc.find_method(chosen.method)
+    method.to_json(file, chosen.budget, evidence)
 
 
 def sentences(verdict: Verdict, promise: float) -> Iterator[str]:
@@ -426,11 +300,16 @@ def sentences(verdict: Verdict, promise: float) -> Iterator[str]:
     rule = f"of {verdict.held} held-out images a candidate may miss {verdict.allowed}"
     for one in verdict.tested:
         name = f"{one.candidate.method} at {report.written(one.candidate.budget)}"
-        bound = "" if one.bound is None else f": at least {100 * one.bound:.1f} % with {CONFIDENCE:.0%} confidence"
-        yield f"{name}: {one.agreeing} of {one.images} as the full model{bound or f', and that is too few ({rule})'}"
+        failed = (
+            f", and it cannot be run on all of them: {one.reason}" if one.reason else f", and that is too few ({rule})"
+        )
+        yield f"{name}: {one.agreeing} of {one.images} as the full model{'' if one.passed else failed}"
     if verdict.chosen:
         best = verdict.chosen.candidate
-        yield f"take {best.method} at {report.written(best.budget)}"
+        yield (
+            f"take {best.method} at {report.written(best.budget)}: at least {100 * promise:g} % of images like these "
+            f"keep their answers, with {CONFIDENCE:.0%} confidence"
+        )
     elif verdict.tested:
         yield f"none: do not prune this, where {100 * promise:g} % of the answers have to stay"
     else:

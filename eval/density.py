@@ -29,9 +29,7 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
 
     budgets = list(dict.fromkeys(budget for method, budget in means[0].arms if method in methods))
     density = np.concatenate([one.density for one in means])
-    edges = np.unique(np.nanquantile(density, np.linspace(0, 1, BINS + 1)))
-    place = np.clip(np.searchsorted(edges, density, side="right") - 1, 0, max(0, len(edges) - 2))
-    bins = [place == n for n in range(max(1, len(edges) - 1))]
+    bins = binned(density)
     x = [float(np.median(density[inside])) for inside in bins]
     ticks: list[float] = []
     for value in x:
@@ -74,6 +72,14 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
         figure.axes[0].plot([], [], label=name, **style)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def binned(density: np.ndarray) -> list[np.ndarray]:
+    """Masks of at most `BINS` bins with as many questions each, none empty; in none where the density is not known."""
+    edges = np.unique(np.nanquantile(density, np.linspace(0, 1, BINS + 1)))
+    place = np.clip(np.searchsorted(edges, density, side="right") - 1, 0, max(0, len(edges) - 2))
+    bins = [(place == n) & ~np.isnan(density) for n in range(max(1, len(edges) - 1))]
+    return [inside for inside in bins if inside.any()]
 
 
 def _lost(means: Sequence[Scores], arm: Arm, bins: Sequence[np.ndarray]) -> list[float]:

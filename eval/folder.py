@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,10 +24,19 @@ from vtc.eval.rows import Asked
 from vtc.methods.compose import with_budget
 
 Kept = TypeVar("Kept", bound=Asked)
+FINDINGS = (
+    *(f"{name}.json" for name in ("summary", "needs-image", "bytes", "compare", "choice")),
+    *(f"{name}.png" for name in ("curve", "needs-image", "bytes", "pareto")),
+)
+"""What is made of a run's results: a new run in the folder begins without."""
 
 
 class OtherRunError(ValueError):
     """A folder that holds the results of another run."""
+
+
+class DamagedError(ValueError):
+    """A file of results that cannot be read."""
 
 
 class Store(Generic[Kept]):
@@ -34,6 +45,8 @@ class Store(Generic[Kept]):
     def __init__(self, path: Path):
         self.path = path
         self.lines: dict[str, Kept] = {}
+        self._torn: int | None = None
+        """Where the file ends once a torn last line is cut off; nothing is cut by reading."""
         if self.path.exists():
             self._read()
 
@@ -41,19 +54,24 @@ class Store(Generic[Kept]):
         whole = self.path.read_bytes()
         complete = whole[: whole.rfind(b"\n") + 1]
         if complete != whole:  # killed while writing: the torn line is asked again
-            os.truncate(self.path, len(complete))
+            self._torn = len(complete)
         for number, text in enumerate(complete.splitlines(), 1):
             try:
                 line = json.loads(text)
                 json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
                 self.lines[key_of(line)] = line
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{self.path} is damaged at line {number}: start over with --restart") from None
+                raise DamagedError(
+                    f"{self.path} is damaged at line {number}: delete it to start over (--restart does so)"
+                ) from None
 
     def add(self, lines: Sequence[Kept]) -> None:
         new = [line for line in lines if key_of(line) not in self.lines]
+        if self._torn is not None:
+            os.truncate(self.path, self._torn)
+            self._torn = None
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+            file.write("".join(json.dumps(line) + "\n" for line in new))
             file.flush()
             os.fsync(file.fileno())
         self.lines.update((key_of(line), line) for line in new)
@@ -73,7 +91,7 @@ def configuration(settings: Any, path: str, device: str, digests: Mapping[str, s
 
     `settings` is a dataclass; `digests` tells two states apart of what only has a name there: methods, data.
     """
-    packages = ("torch", "transformers")
+    packages = ("torch", "transformers", "pillow", "numpy")
     return {
         "settings": json.loads(json.dumps(vars(settings), default=str)),
         "model_path": path,
@@ -152,14 +170,15 @@ def sources() -> set[Path]:
 
     library, here = Path(vtc.__file__).parent, Path(__file__).parent
     folders = [*(library / room for room in (".", "core", "cache", "methods")), *map(Path, integrations.__path__)]
-    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions")
-    harness = (*harness, "suites", "suite_model", "arguments", "mis")
+    harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions", "marking", "memory", "mis")
+    harness = (*harness, "album", "images", "suites", "suite_model", "arguments", "video")
     files = {file for folder in (*folders, here / "pages") for file in folder.glob("*.py")}
     return files | {here / f"{name}.py" for name in harness}
 
 
+@cache
 def _source_digest() -> str:
-    """Tells two states of `sources` apart."""
+    """Tells two states of `sources` apart: as they were when this process first asked, near enough what it runs."""
     digest = hashlib.sha256()
     for file in sorted(sources()):
         digest.update(file.name.encode() + file.read_bytes())
@@ -185,8 +204,8 @@ def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str =
     """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another."""
     if check(out, config, restart, results):
         return
-    for file in list(out.glob(results)):
-        file.unlink()
+    for file in [*out.glob(results), *(out / name for name in FINDINGS)]:
+        file.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
 
@@ -203,7 +222,7 @@ def check(out: Path, config: dict[str, Any], restart: bool, results: str = "resu
     if differing:
         raise OtherRunError(
             f"{out} holds another run ({'; '.join(differing)}): "
-            "choose another --out to keep it, or start over with --restart"
+            "choose another --out to keep it, or delete it to start over (--restart does so)"
         )
     return True
 
@@ -221,6 +240,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    draft = path.with_name(path.name + ".part")
+    draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)  # whole or not at all

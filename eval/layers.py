@@ -14,7 +14,7 @@ from rich.table import Table
 
 import vtc
 import vtc.select as select
-from vtc.eval import report
+from vtc.eval import marking, report
 from vtc.eval.reader import Reader
 from vtc.eval.scenes import Example
 from vtc.stage import Method, Shape, Share, Stage
@@ -70,7 +70,7 @@ def read(
 
 def _same(said: list[list[str]], wanted: list[str]) -> np.ndarray:
     """Whether answers are the wanted ones: (questions, layers)."""
-    return np.array([[report.is_correct(*pair) for pair in zip(one, wanted, strict=True)] for one in said], float).T
+    return np.array([[marking.is_correct(*pair) for pair in zip(one, wanted, strict=True)] for one in said], float).T
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -33,8 +33,10 @@ class Difference(TypedDict):
     """Two-sided: how often resampled questions turn the sign, twice; never less than 2 / (RESAMPLES + 1)."""
     n: int
     """Questions that both were asked."""
+    at_floor: int
+    """Of these, those that the method was asked at its floor, above the budget."""
     other_at_floor: int
-    """Of these, those that the other was asked at its floor, above the budget."""
+    """The same of the other."""
 
 
 def compare(folder: Path, method: str, seed: int = 0) -> list[Difference]:
@@ -77,6 +79,7 @@ def _difference(method: str, other: str, ours: dict[str, Line], theirs: dict[str
         "difference_high": high,
         "p": min(1.0, 2 * (turned + 1) / (RESAMPLES + 1)),
         "n": len(pairs),
+        "at_floor": sum(one["at_floor"] for one, _ in pairs),
         "other_at_floor": sum(two["at_floor"] for _, two in pairs),
     }
 
@@ -91,7 +94,7 @@ def table(rows: list[Difference]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = (100 * row[end] for end in ("difference_low", "difference_high"))
         grid.add_row(
-            report.written(row["budget"]),
+            report.written(row["budget"]) + " *" * bool(row["at_floor"]),
             row["other"] + " *" * bool(row["other_at_floor"]),
             f"{100 * row['difference']:+.1f}",
             f"{low:+.1f} to {high:+.1f}",
@@ -102,4 +105,4 @@ def table(rows: list[Difference]) -> Table:
     return grid
 
 
-FLOOR = "* asked above the budget, at its floor"
+FLOOR = "* asked above the budget, at its floor: at a budget the method, at a name the other"

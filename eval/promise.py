@@ -14,7 +14,8 @@ import numpy as np
 import typer
 
 from vtc.eval import choose, progress
-from vtc.eval.choose import FULL, Candidate
+from vtc.eval.album import FULL, Candidate
+from vtc.eval.folder import Store
 from vtc.eval.mis import SWAPPED
 from vtc.eval.rows import Line
 from vtc.eval.run import SMALLER
@@ -25,17 +26,29 @@ Agreements = Mapping[Candidate, np.ndarray]
 
 def agreements(*runs: Path) -> dict[Candidate, np.ndarray]:
     """Of folders that `vtc eval` wrote for one model and benchmark, over the questions that all arms have so far;
-    without arms that ran at a method's floor. Nothing is written there."""
+    without arms that ran at a method's floor. Nothing is written there.
+
+    Raises ValueError for folders of several models or benchmarks, and where no arm is left.
+    """
     arms: dict[Candidate, dict[str, Line]] = {}
+    if len({_asked(run) for run in runs}) > 1:
+        raise ValueError("these runs are of several models or benchmarks: the same name is another question in each")
     for run in runs:
-        text = (run / "results.jsonl").read_text(encoding="utf-8")
-        for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
+        for line in Store[Line](run / "results.jsonl").lines.values():
             arms.setdefault(Candidate(line["method"], line["budget"]), {})[line["question_id"]] = line
     for arm in list(arms):
         if arm.method in ("full", "blind", SWAPPED, SMALLER) or any(x["at_floor"] for x in arms[arm].values()):
             del arms[arm]
+    if not arms:
+        raise ValueError("no method reached any of its budgets in these runs")
     asked = sorted(set.intersection(*map(set, arms.values())))
     return {arm: np.array([lines[name]["agrees"] for name in asked], bool) for arm, lines in arms.items()}
+
+
+def _asked(run: Path) -> str:
+    """What tells the model and the questions of a run apart."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return json.dumps([config["model_digest"], *(config["settings"][name] for name in ("benchmark", "seed", "suffix"))])
 
 
 def simulate(
@@ -46,8 +59,10 @@ def simulate(
     Returns "pruned", the share of sets on which anything was promised; "kept", the share on which the agreement in the
     whole population, sets being drawn from it with replacement, is at least the promise; "kept_unseen", the same on the
     questions that were not drawn, sets being drawn without; "budget", the mean share of the tokens that was chosen. The
-    full model, where nothing is promised, agrees with itself.
+    full model, where nothing is promised, agrees with itself. Raises ValueError for budgets that are numbers of tokens.
     """
+    if any(isinstance(candidate.budget, int) for candidate in found):
+        raise ValueError("budgets have to be shares of the tokens, as in `vtc eval --budgets 0.5,0.25`")
     rng, total = np.random.default_rng(seed), len(next(iter(found.values())))
     if images >= total:
         raise ValueError(f"{images} of {total} questions leave none unseen")
@@ -90,6 +105,8 @@ def main(
     """Try the promise of `vtc choose`; prints JSON, a line a promise."""
     chosen = methods.split(",") if methods else None
     found = {arm: x for arm, x in agreements(*runs).items() if chosen is None or arm.method in chosen}
+    if not found:
+        raise ValueError(f"these runs have no answers of {methods} within its budgets")
     for promise in map(float, agree.split(",")):
         asked = {"agree": promise, "images": images, "of": len(next(iter(found.values()))), "trials": trials}
         print(json.dumps(asked | simulate(found, promise, images, trials, seed, bar=True)))

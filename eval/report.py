@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,16 +26,6 @@ MANY = 2 * len(COLOURS)
 """Curves in one picture, each colour with two markers; of more only the first are coloured."""
 BASELINE = "random"
 """The method that a picture of many names beside the best."""
-
-
-def normalise(answer: str) -> str:
-    """Lower case, no surrounding space, no final period."""
-    return answer.strip().lower().removesuffix(".").strip()
-
-
-def is_correct(prediction: str, answer: str) -> bool:
-    """Exact match after `normalise`."""
-    return normalise(prediction) == normalise(answer)
 
 
 def bootstrap(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
@@ -143,6 +133,11 @@ def _by_task(lines: list[Line]) -> dict[str, float]:
         if line["correct"] is not None:
             tasks.setdefault(line["task"], []).append(line["correct"])
     return {task: float(np.mean(marks)) for task, marks in sorted(tasks.items())}
+
+
+def distinct(budgets: Iterable[Budget]) -> list[Budget]:
+    """Each once, in their order: 1 is a token, 1.0 all of them, and yet they are equal."""
+    return list({repr(budget): budget for budget in budgets}.values())
 
 
 def written(budget: Budget) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vtc
 from vtc.adapter import find
-from vtc.eval import benchmarks, folder, memory, mis, progress, report
+from vtc.eval import benchmarks, folder, marking, memory, mis, progress, report
 from vtc.eval.folder import Store
 from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
@@ -62,6 +62,8 @@ class Arm:
     budget: int | float
     spend: int | float
     reachable: bool = True
+    found: vtc.Method | None = None
+    """The method as it was when the run began: its file may be written anew while it goes on."""
 
     def key(self, question_id: str) -> str:
         return folder.key(self.method, self.budget, question_id)
@@ -155,8 +157,9 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
     for method in dict.fromkeys(m for m in settings.methods if m not in report.ALWAYS):
         if method == SMALLER:
             _check_smaller(reader, inputs)
+        found = None if method == SMALLER else with_budget(method)[0]
         for budget in budgets_of(method, settings.budgets):
-            arms.append(Arm(method, budget, budget))
+            arms.append(Arm(method, budget, budget, found=found))
             list(_reached(reader, arms[-1], [example], inputs, settings.suffix))
     return arms
 
@@ -164,7 +167,7 @@ def plan(reader: Reader, settings: Settings, example: Example) -> list[Arm]:
 def budgets_of(method: str | vtc.Method, budgets: Sequence[int | float]) -> list[int | float]:
     """What a method is run at: the budget that its JSON file names, else all of `budgets`."""
     own = None if method == SMALLER else with_budget(method)[1]
-    return [own] if own is not None else list(dict.fromkeys(budgets))
+    return [own] if own is not None else report.distinct(budgets)
 
 
 def _run_batch(
@@ -227,7 +230,7 @@ def _lines(answers: Iterator[tuple[Arm, Example, str, Spent]], store: Store[Line
             "prediction": prediction,
             "answer": example.answer,
             "correct": example.correct(prediction),
-            "agrees": report.is_correct(prediction, reference),
+            "agrees": marking.is_correct(prediction, reference),
             "held": cost.held,
             "read": cost.read,
             "peak": cost.peak,
@@ -245,7 +248,7 @@ def _answer(
     if arm.method == SMALLER:
         small, tokens = _shrink(reader, inputs, arm.spend)
         return reader.answers(small, max_new_tokens), [Spent.alike(tokens, each)] * len(small["input_ids"])
-    method = BLIND if arm.method == "blind" else arm.method
+    method = BLIND if arm.method == "blind" else arm.found or arm.method
     with vtc.compressed(reader.model, method, arm.spend) as trace:
         predictions = reader.answers(inputs, max_new_tokens)
         return predictions, Spent.of(trace, each)

@@ -19,8 +19,8 @@ from typing import Literal, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vtc.eval.marking import is_correct
 from vtc.eval.material import Placed, Split, crop, digits, shape_mask
-from vtc.eval.report import is_correct
 
 COLORS = {
     "red": (230, 45, 45),

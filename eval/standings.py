@@ -109,7 +109,7 @@ class Cell(TypedDict):
     accuracy_high: float
     agreement: float
     versus: float | None
-    """The gain over the method that all are compared with, at the same budget; paired."""
+    """The gain over the method that all are compared with, where both are at this budget; paired."""
     versus_low: float | None
     versus_high: float | None
     needing: float | None
@@ -140,8 +140,9 @@ def cells(scores: Scores, against: str, seed: int) -> list[Cell]:
             "needing": float(scores.correct[scores.needs, i].mean()) if scores.needs.any() else None,
             "needing_n": int(scores.needs.sum()),
         }
-        if method not in (*OTHERS, against) and (against, budget) in scores.arms:
-            j = scores.column((against, budget))
+        other = (against, budget)
+        if method not in (*OTHERS, against) and other in scores.arms and cell["reached"] and scores.reached(other):
+            j = scores.column(other)
             cell["versus"] = float((scores.correct[:, i] - scores.correct[:, j]).mean())
             cell["versus_low"], cell["versus_high"] = report.interval(draws[:, i] - draws[:, j])
         found.append(cell)
@@ -191,7 +192,7 @@ def _by_task(scores: Sequence[Scores], methods: Sequence[str], budget: vtc.Budge
         columns = [one.column((method, budget)) for method in methods]
         reached = np.array([one.reached((method, budget)) for method in methods])
         for task in sorted(set(one.tasks)):
-            accuracy = one.correct[one.tasks == task][:, columns].mean(0)
+            accuracy = one.correct[one.tasks == task][:, columns].mean(0).round(9)  # equals of several models stay so
             rows.append(np.where(reached, accuracy, -np.inf))
     return np.array(rows)
 

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.eval import folder, measure, memory, mis, published, report, run
+from vtc.eval import folder, marking, measure, memory, mis, published, report, run
 from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
 from vtc.eval.run import Arm
 from vtc.install import install_line
+from vtc.methods.compose import with_budget
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -128,7 +129,7 @@ def _evaluate_task(
 
     found = []
     for arm in arms:
-        _use(lm, settings, arm)
+        _use(lm, arm)
         found.append(_simple_evaluate(lm, settings, task, out))
     unread = dict(gather_object(list(lm.failed.items())))
     lm.failed.clear()
@@ -301,31 +302,32 @@ def plan(lm: Vtc, settings: Settings, tasks: dict[str, Task]) -> list[Arm]:
     """
     arms = [Arm("full", 1.0, 1.0), Arm("blind", 0, 0)]
     for name, method in settings.named.items():
+        found, _ = with_budget(method)
         budgets = run.budgets_of(method, settings.budgets)
-        arms += [_reachable(lm, settings, Arm(name, budget, budget)) for budget in budgets]
+        arms += [_reachable(lm, Arm(name, budget, budget, found=found)) for budget in budgets]
     for arm in arms:
-        _use(lm, settings, arm)
+        _use(lm, arm)
         for task in tasks.values():
             with suppress(vtc.BudgetError):
                 _try(lm, task)
     return arms
 
 
-def _reachable(lm: Vtc, settings: Settings, arm: Arm) -> Arm:
+def _reachable(lm: Vtc, arm: Arm) -> Arm:
     try:
-        _use(lm, settings, arm)
+        _use(lm, arm)
     except vtc.BudgetError as error:
-        return Arm(arm.method, arm.budget, error.floor, reachable=False)
+        return replace(arm, spend=error.floor, reachable=False)
     return arm
 
 
-def _use(lm: Vtc, settings: Settings, arm: Arm) -> None:
+def _use(lm: Vtc, arm: Arm) -> None:
     from vtc.eval.suite_model import FULL
 
     if arm.method == "full":
         lm.use(*FULL)
     else:
-        lm.use(run.BLIND if arm.method == "blind" else settings.named[arm.method], arm.spend)
+        lm.use(run.BLIND if arm.method == "blind" else arm.found or arm.method, arm.spend)
 
 
 def _replies(out: Path, process: int) -> Store[Reply]:
@@ -408,7 +410,7 @@ def _lines(task: Task, arms: list[Arm], samples: list[list[dict[str, Any]]]) -> 
                     "prediction": _prediction(sample),
                     "answer": str(sample["target"]),
                     "correct": _score(task, sample),
-                    "agrees": report.is_correct(_prediction(sample), by_full),
+                    "agrees": marking.is_correct(_prediction(sample), by_full),
                 }
                 for sample, by_full in zip(asked, full, strict=True)
             ],

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import vtc
 from vtc.eval import benchmarks, folder, memory, mis, report, run
-from vtc.eval.folder import OtherRunError, Store
+from vtc.eval.folder import DamagedError, OtherRunError, Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line
 from vtc.eval.run import Shared
@@ -34,7 +34,7 @@ class Settings:
     """What is asked for. `methods` None: `comparable`; budgets as in `run.Settings`; `limit`: questions a benchmark."""
 
     models: tuple[str, ...] = ("reference",)
-    benchmarks: tuple[str, ...] = benchmarks.NAMES
+    benchmarks: tuple[str, ...] = ("scenes", "pages")
     methods: tuple[str, ...] | None = None
     budgets: tuple[vtc.Budget, ...] = (0.5, 0.25, 0.11, 0.05)
     limit: int = 1000
@@ -83,6 +83,10 @@ def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Ans
         raise ValueError(
             f"{own[0]} names a budget, and all methods of a table run at the same: take it out of the file"
         )
+    if long := [name for name in settings.benchmarks if hasattr(benchmarks.find(name), "LONGEST")]:
+        raise ValueError(
+            f"the table ranks answers of one word, and {long[0]} asks for long ones: `vtc eval --benchmark {long[0]}`"
+        )
     found, elsewhere = [], 0
     for model in dict.fromkeys(settings.models):
         reader = load(model_path(model), pick_device(settings.device))
@@ -100,7 +104,7 @@ def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Ans
                         _run(questions, piece, where / _named(method), base, bar)
                 except Timeout:
                     elsewhere += 1
-                except OtherRunError:
+                except (OtherRunError, DamagedError):
                     raise
                 except ValueError as error:
                     refused[method] = str(error)

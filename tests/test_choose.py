@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from eval_fixtures import read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a 
 from PIL import Image
 
 import vtc
-from vtc.eval import choose, promise, run
+from vtc.eval import album, choose, promise, run
 from vtc.eval.choose import Candidate
 from vtc.eval.reader import load
 from vtc.methods.compose import with_budget
@@ -109,11 +109,17 @@ def test_the_cheapest_that_passes_is_taken_and_the_first_failure_ends_it():
     assert [one.candidate.budget for one in verdict.tested] == [0.75, 0.5, 0.25]
     assert agree.asked[Candidate("a", 0.1)] == 0
     broken = verdict.tested[-1]
-    assert broken.bound is None
+    assert not broken.passed
     assert broken.images < verdict.held  # it is not asked on when it has missed too many
     passed = verdict.tested[1]
-    assert (passed.images, passed.bound) == (verdict.held, choose.lower_bound(passed.agreeing, verdict.held))
-    assert "take a at 50%" in list(choose.sentences(verdict, 0.9))
+    assert passed.images == verdict.held
+    assert choose.lower_bound(passed.agreeing, verdict.held) >= 0.9
+    *each, last = choose.sentences(verdict, 0.9)
+    assert last == "take a at 50%: at least 90 % of images like these keep their answers, with 95% confidence"
+    assert each[:2] == [
+        f"a at {b}: {x.agreeing} of 300 as the full model"
+        for b, x in zip(("75%", "50%"), verdict.tested[:2], strict=True)
+    ]
 
 
 def test_none_is_an_answer():
@@ -132,12 +138,19 @@ def test_a_candidate_that_cannot_be_run_on_a_held_out_image_has_not_passed():
             raise vtc.BudgetError("out of reach", floor=0.5)
         return np.ones(len(indices), bool)
 
-    assert choose.examine(agree, Candidate("a", 0.5), range(40), 0.8).bound is None
+    found = choose.examine(agree, Candidate("a", 0.5), range(40), 0.8)
+    assert not found.passed
+    verdict = choose.Verdict(None, [found], 16, 40, 2)
+    assert next(choose.sentences(verdict, 0.8)).endswith(
+        "32 of 32 as the full model, and it cannot be run on all of them: out of reach"
+    )
 
 
 def test_fractions_and_numbers_of_tokens_have_no_order():
     with pytest.raises(ValueError, match="all fractions or all numbers"):
         choose.choose(Fixed({}), [Candidate("a", 0.5), Candidate("a", 64)], 400, 0.9)
+    with pytest.raises(ValueError, match="all fractions or all numbers"):  # though 1 == 1.0
+        choose.choose(Fixed({}), [Candidate("a", 1.0), Candidate("a", 1)], 400, 0.9)
 
 
 # -- the promise ----------------------------------------------------------------------------------------------------
@@ -163,6 +176,24 @@ def test_the_simulation_counts_what_was_promised():
     assert (hard["pruned"], hard["kept"], hard["budget"]) == (0.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="leave none unseen"):
         promise.simulate(found, 0.9, 600, trials=1)
+    with pytest.raises(ValueError, match="shares of the tokens"):
+        promise.simulate({Candidate("a", 64): found[Candidate("a", 0.5)]}, 0.9, 200, trials=1)
+
+
+def test_the_simulation_takes_runs_of_one_model_and_benchmark(tiny, tmp_path):  # noqa: F811
+    asked = run.Settings(str(tiny), ("uniform", "fastv"), (0.5, 0.05), limit=4, max_new_tokens=2, device="cpu")
+    run.evaluate(asked, tmp_path / "a")
+    assert list(promise.agreements(tmp_path / "a")) == [
+        Candidate("uniform", 0.5),
+        Candidate("uniform", 0.05),
+        Candidate("fastv", 0.5),
+    ]
+    run.evaluate(replace(asked, benchmark="pages", methods=("random",)), tmp_path / "b")
+    with pytest.raises(ValueError, match="several models or benchmarks"):
+        promise.agreements(tmp_path / "a", tmp_path / "b")
+    run.evaluate(replace(asked, methods=("fastv",), budgets=(0.05,)), tmp_path / "c")
+    with pytest.raises(ValueError, match="no method reached"):
+        promise.agreements(tmp_path / "c")
 
 
 # -- a user's files -------------------------------------------------------------------------------------------------
@@ -182,32 +213,39 @@ def photos(tmp_path_factory):
 
 
 def test_a_copy_is_no_image_of_its_own(photos):
-    files, digests = choose.find_images(photos)
+    files, digests = album.find_images(photos)
     assert [file.name for file in files] == [f"{number:02d}.png" for number in range(24)]
     assert len(set(digests)) == 24
 
 
 def test_images_that_cannot_be_read_are_all_named(tmp_path):
     with pytest.raises(ValueError, match=r"no image \(\.bmp, .*\.webp\) in"):
-        choose.find_images(tmp_path)
+        album.find_images(tmp_path)
     for name in ("b.png", "a.jpg"):
         (tmp_path / name).write_text("not an image")
     Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
     with pytest.raises(ValueError, match=r"a\.jpg is not an image .*; .*b\.png is not an image .*: take them out"):
-        choose.find_images(tmp_path)
+        album.find_images(tmp_path)
 
 
 def test_questions_in_turn_and_by_image(photos, tmp_path):
-    files, _ = choose.find_images(photos)
-    assert choose.find_questions(None, files)[:5] == [
-        (question,) for question in (*choose.QUESTIONS, choose.QUESTIONS[0])
-    ]
+    files, _ = album.find_images(photos)
+    assert album.find_questions(None, files)[:5] == [(question,) for question in (*album.QUESTIONS, album.QUESTIONS[0])]
     (tmp_path / "q.txt").write_text("what?\n\n  why? \n")
-    assert choose.find_questions(tmp_path / "q.txt", files)[:3] == [("what?",), ("why?",), ("what?",)]
+    assert album.find_questions(tmp_path / "q.txt", files)[:3] == [("what?",), ("why?",), ("what?",)]
     (tmp_path / "q.jsonl").write_text(
         '{"image": "01.png", "question": "what?"}\n{"image": "01.png", "question": "why?"}\n'
     )
-    assert choose.find_questions(tmp_path / "q.jsonl", files)[:3] == [(), ("what?", "why?"), ()]
+    assert album.find_questions(tmp_path / "q.jsonl", files)[:3] == [(), ("what?", "why?"), ()]
+
+
+def test_questions_as_other_systems_write_them(photos, tmp_path):
+    """A mark at the beginning, lines that end in CR LF, an extension in capitals, and U+2028, which ends no line."""
+    files, _ = album.find_images(photos)
+    (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfwhat?\r\nwhy?\r\n")
+    assert album.find_questions(tmp_path / "q.txt", files)[:2] == [("what?",), ("why?",)]
+    (tmp_path / "Q.JSONL").write_bytes('\ufeff{"image": "00.png", "question": "a\u2028b"}\r\n'.encode())
+    assert album.find_questions(tmp_path / "Q.JSONL", files)[:2] == [("a\u2028b",), ()]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +255,7 @@ def test_questions_in_turn_and_by_image(photos, tmp_path):
         ("q.txt", b"\xff\xfe", "no text in UTF-8"),
         ("q.jsonl", b'{"image": "01.png", "question": "a"}\nb', "line 2: not"),
         ("q.jsonl", b'{"image": "01.png"}', "line 1: not"),
+        ("q.json", b'[{"image": "01.png", "question": "a"}]', "looks like JSON .* name it .jsonl"),
         ("q.jsonl", b'{"image": "01.png", "question": " "}', "line 1: not"),
         ("q.jsonl", b'{"image": "99.png", "question": "a"}', r"no image '99\.png' in the folder"),
     ],
@@ -224,12 +263,12 @@ def test_questions_in_turn_and_by_image(photos, tmp_path):
 def test_questions_that_cannot_be_read(photos, tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError, match=message):
-        choose.find_questions(tmp_path / name, choose.find_images(photos)[0])
+        album.find_questions(tmp_path / name, album.find_images(photos)[0])
 
 
 def test_there_is_no_such_file_of_questions(tmp_path):
     with pytest.raises(ValueError, match=r"no such file of questions: .*none\.txt"):
-        choose.find_questions(tmp_path / "none.txt", [])
+        album.find_questions(tmp_path / "none.txt", [])
 
 
 # -- method and budget in one file ----------------------------------------------------------------------------------
@@ -313,6 +352,9 @@ def test_another_promise_goes_on_with_the_answers_that_are_there(chosen, photos,
     done = choose_on(photos, tiny, out, "--agree", 0.4)
     assert done.returncode == 0, done.stderr
     assert (out / "results.jsonl").read_bytes().startswith(before)
+    evidence = json.loads((out / "choice.json").read_text())["evidence"]
+    assert (evidence["agree"], evidence["tried"]) == (0.4, [0.5])  # several promises on the same images: it is said
+    assert "tried here before: 0.5" in done.stderr
 
 
 def test_nothing_to_prune_is_a_file_that_prunes_nothing(photos, tiny, tmp_path):  # noqa: F811
@@ -357,21 +399,45 @@ def test_images_that_changed_are_another_run(chosen, photos, tiny, tmp_path):  #
     done = choose_on(folder, tiny, out, "--agree", 0.5)
     assert done.returncode == 1
     assert "holds another run (images and questions" in done.stderr
+    (folder / "05.png").write_bytes((photos / "05.png").read_bytes())
+    for file in sorted(folder.glob("*.png"), reverse=True):  # answers are kept by name
+        file.rename(folder / f"{file.stem}-later.png")
+    done = choose_on(folder, tiny, out, "--agree", 0.5)
+    assert "holds another run (images and questions" in done.stderr
+
+
+def test_a_method_stays_what_it_was_when_the_run_began(photos, tiny, tmp_path, monkeypatch):  # noqa: F811
+    file = tmp_path / "mine.json"
+    vtc.FastV(layer=1).to_json(file)
+    asked, ask = [], album.Album._ask
+
+    def rewrites(self, candidate, pairs):
+        vtc.FastV(layer=2).to_json(file)
+        if candidate != album.FULL:
+            with vtc.compressed(self.reader.model, self.methods[candidate.method], candidate.budget):
+                asked.append(self.reader.model.vtc.compression.method.layer)
+        ask(self, candidate, pairs)
+
+    monkeypatch.setattr(album.Album, "_ask", rewrites)
+    settings = choose.Settings(str(photos), str(tiny), None, 0.1, (str(file),), (1.0,), max_new_tokens=2, device="cpu")
+    choose.run(settings, tmp_path / "out")
+    assert set(asked) == {1}
+    assert json.loads((tmp_path / "out" / "choice.json").read_text())["layer"] == 1
 
 
 def test_what_the_model_refuses_is_left_out_with_the_reason(tiny):  # noqa: F811
     reader = load(str(tiny), "cpu")
-    candidates, refused = choose.working(reader, ["uniform", "atp", "fastv"], [0.5, 0.05])
+    candidates, refused = choose.working(reader, choose.resolve(["uniform", "atp", "fastv"]), [0.5, 0.05])
     assert candidates == [Candidate(name, budget) for name in ("uniform", "fastv") for budget in (0.5, 0.05)]
     assert list(refused) == ["atp at 50%", "atp at 5%"]  # not trained for it
     with pytest.raises(ValueError, match="no method works on this model: atp is trained"):
-        choose.working(reader, ["atp"], [0.5])
+        choose.working(reader, choose.resolve(["atp"]), [0.5])
 
 
 def test_a_file_with_a_budget_is_no_candidate(tiny, tmp_path):  # noqa: F811
     vtc.Uniform().to_json(tmp_path / "choice.json", 0.25)
     with pytest.raises(ValueError, match=r"choice\.json names a budget"):
-        choose.working(load(str(tiny), "cpu"), [str(tmp_path / "choice.json")], [0.5])
+        choose.resolve([str(tmp_path / "choice.json")])
 
 
 def test_ask_runs_a_file_at_its_own_budget(photos, tiny, tmp_path):  # noqa: F811

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from rich.console import Console
 
 import vtc
-from vtc.eval import pages, progress, report, run, scenes
+from vtc.eval import folder, marking, pages, progress, report, run, scenes
 from vtc.eval.images import MAX_PIXELS, open_image, overlay, seen_box
 from vtc.eval.reader import Reader, load, model_path
 from vtc.eval.rows import Line, Row
@@ -45,7 +45,7 @@ LINE |= {"density", "held", "read", "peak"}
     ],
 )
 def test_exact_match(prediction, answer, correct):
-    assert report.is_correct(prediction, answer) is correct
+    assert marking.is_correct(prediction, answer) is correct
 
 
 def test_interval_is_the_known_one_of_a_proportion():
@@ -218,7 +218,7 @@ def test_agreement_is_with_the_full_model(finished):
     full = {line["question_id"]: line["prediction"] for line in lines if line["method"] == "full"}
     assert any(not line["agrees"] for line in lines)
     for line in lines:
-        same = report.normalise(line["prediction"]) == report.normalise(full[line["question_id"]])
+        same = marking.normalise(line["prediction"]) == marking.normalise(full[line["question_id"]])
         assert line["agrees"] is same
     assert rows["full", "1.0"]["agreement"] == 1.0
 
@@ -328,7 +328,7 @@ def test_lines_that_are_no_results_are_damage(finished, settings, tmp_path, dama
     out = copy_of(finished, tmp_path)
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text("".join([*lines[:3], damage + "\n", *lines[3:]]))
-    with pytest.raises(ValueError, match="damaged at line 4: start over with --restart"):
+    with pytest.raises(ValueError, match="damaged at line 4: delete it to start over"):
         run.evaluate(settings, out)
 
 
@@ -391,6 +391,50 @@ def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
     rows = run.evaluate(few, out, restart=True)
     assert len(rows) == 3
     assert len(read_lines(out)) == 8  # with another question's image, too
+
+
+def test_a_new_run_begins_without_what_the_other_one_found(tmp_path):
+    for name in ("results.jsonl", "summary.json", "choice.json", "curve.png", "mine.txt", "mine.json"):
+        (tmp_path / name).write_text("{}\n")
+    folder.open_folder(tmp_path, {"settings": {}}, restart=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "mine.json", "mine.txt"]
+
+
+def test_reading_the_results_of_a_run_that_goes_on_cuts_nothing(tmp_path):
+    file, line = tmp_path / "results.jsonl", {"method": "a", "budget": 1.0, "question_id": "x"}
+    torn = json.dumps(line) + '\n{"method": "a", "bud'
+    file.write_text(torn)
+    store = folder.Store(file)
+    assert list(store.lines.values()) == [line]
+    assert file.read_text() == torn
+    store.add([{**line, "question_id": "caf\udce9.png"}])  # of a file whose name is no UTF-8
+    assert list(folder.Store(file).lines.values()) == [line, {**line, "question_id": "caf\udce9.png"}]
+
+
+def test_one_token_and_all_tokens_are_two_budgets():
+    assert run.budgets_of("uniform", (1.0, 1, 0.5, 1.0)) == [1.0, 1, 0.5]
+    assert [type(budget) for budget in run.budgets_of("uniform", (1, 1.0))] == [int, float]
+
+
+def test_a_method_stays_what_it_was_when_the_run_began(settings, tmp_path, monkeypatch):
+    file, answer, compressed, asked, used = tmp_path / "mine.json", run._answer, vtc.compressed, [], []
+    vtc.FastV(layer=1).to_json(file)
+
+    def rewrites(reader, arm, inputs, max_new_tokens=None):
+        vtc.FastV(layer=2).to_json(file)
+        found = answer(reader, arm, inputs, max_new_tokens)
+        if arm.method == str(file):
+            asked.append(used[-1])
+        return found
+
+    def watched(model, method, budget):
+        used.append(vtc.find_method(method).settings().get("layer"))
+        return compressed(model, method, budget)
+
+    monkeypatch.setattr(run, "_answer", rewrites)
+    monkeypatch.setattr(vtc, "compressed", watched)
+    run.evaluate(replace(settings, methods=(str(file),), budgets=(0.5,), limit=2), tmp_path / "run")
+    assert set(asked) == {1}
 
 
 def test_killed_and_run_again_is_the_run_that_was_not_killed(tiny, tmp_path):  # noqa: F811

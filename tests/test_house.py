@@ -73,6 +73,7 @@ def test_answers_are_bound_to_all_of_the_library():
     assert {MODULES[name] for name in MODULES if not name.startswith(("vtc.cli", "vtc.serve"))} <= files
     assert all(file.is_file() for file in files)
     assert any(file.name == "qwen_vl.py" for file in files)
+    assert {"marking.py", "memory.py", "album.py", "images.py", "video.py"} <= {file.name for file in files}
 
 
 @pytest.mark.parametrize("name", MODULES)

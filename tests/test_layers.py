@@ -37,7 +37,7 @@ def test_layers_are_asked_one_by_one(tiny):  # noqa: F811
     assert rows[-1]["agreement"] == rows[-1]["agreement_low"] == 1
     assert min(agree) < 6
     right = [
-        layers.report.is_correct(*pair) for pair in zip(_answers(reader, examples), _wanted(examples), strict=True)
+        layers.marking.is_correct(*pair) for pair in zip(_answers(reader, examples), _wanted(examples), strict=True)
     ]
     assert rows[-1]["accuracy"] == sum(right) / 6
 

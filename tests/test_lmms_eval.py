@@ -24,7 +24,7 @@ from suite_fixtures import (  # noqa: F401 (fixtures)
 import vtc
 from vtc import adapter
 from vtc.cli import about
-from vtc.eval import report, scenes, suites, tasks
+from vtc.eval import marking, scenes, suites, tasks
 from vtc.eval.reference import PATH
 
 # -- lmms-eval's own command ----------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_results_hold_what_was_measured(one):
 
 def test_scores_are_those_of_the_replies(one):
     _, results, samples = one
-    right = [report.is_correct(reply(s), scenes.example("test", 0, s["doc_id"]).answer) for s in samples["vtc_scenes"]]
+    right = [marking.is_correct(reply(s), scenes.example("test", 0, s["doc_id"]).answer) for s in samples["vtc_scenes"]]
     assert 0 < sum(right) < LIMIT
     assert results["results"]["vtc_scenes"]["accuracy,none"] == pytest.approx(sum(right) / LIMIT)
     assert [sample["accuracy"] for sample in samples["vtc_scenes"]] == right

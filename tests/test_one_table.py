@@ -15,7 +15,7 @@ from PIL import Image
 
 import vtc
 from vtc.eval import density, run, standings, table
-from vtc.eval.folder import OtherRunError
+from vtc.eval.folder import DamagedError, OtherRunError
 from vtc.eval.standings import ALL, Scores
 from vtc.eval.table import BASE, LOCK
 
@@ -97,6 +97,15 @@ def test_a_piece_of_another_process_is_left_to_it(settings, tmp_path):
     assert set(standing["ranks"][ALL]["mean_rank"]) == {"random", "fastv"}
 
 
+def test_a_damaged_piece_is_no_method_that_was_refused(settings, tmp_path):
+    piece = tmp_path / table._named(settings.models[0]) / "scenes" / "uniform"
+    table.evaluate(replace(settings, methods=("uniform",)), tmp_path)
+    (piece / "summary.json").unlink()
+    (piece / "results.jsonl").write_text("{broken\n")
+    with pytest.raises(DamagedError, match="damaged at line 1: delete it"):
+        table.evaluate(settings, tmp_path)
+
+
 def test_another_run_in_the_folder_is_refused(done, settings):
     with pytest.raises(OtherRunError, match="holds another run"):
         table.evaluate(table.Settings(**{**vars(settings), "limit": 7}), done[0])
@@ -105,6 +114,8 @@ def test_another_run_in_the_folder_is_refused(done, settings):
 def test_what_has_no_place_in_one_table_is_refused(settings, tmp_path):
     with pytest.raises(ValueError, match="all fractions or all numbers"):
         table.evaluate(table.Settings(budgets=(0.5, 64)), tmp_path)
+    with pytest.raises(ValueError, match="answers of one word, and captions asks for long ones"):
+        table.evaluate(table.Settings(benchmarks=("scenes", "captions")), tmp_path)
     vtc.Uniform().to_json(tmp_path / "choice.json", 0.5)
     with pytest.raises(ValueError, match=r"choice\.json names a budget"):
         table.evaluate(table.Settings(methods=(str(tmp_path / "choice.json"),)), tmp_path)
@@ -140,11 +151,29 @@ def test_cells_by_hand():
     assert [found[name]["versus"] for name in ("full", "blind", "random")] == [None] * 3
 
 
+@pytest.mark.parametrize("floor", ["a", "random"])
+def test_above_the_budget_nothing_is_compared(floor):
+    marks = {("a", 0.5): [1, 1, 0, 1], ("random", 0.5): [1, 0, 0, 1]}
+    found = standings.cells(scores(marks, [*"xxyy"], floor={(floor, 0.5)}), "random", seed=0)
+    assert [cell["versus"] for cell in found] == [None] * 4
+
+
 def test_the_mean_of_models_is_question_by_question():
     first, second = (scores({("a", 0.5): row}, [*"xy"], model=name) for name, row in (("m", [1, 0]), ("n", [1, 1])))
     both = standings.mean([first, second])
     assert both.model == "m, n"
     assert both.correct[:, both.column(("a", 0.5))].tolist() == [1.0, 0.5]
+
+
+def test_equals_over_several_models_are_equal():
+    """However the thirds are added up."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = {name: rng.permutation([1] * 20 + [0] * 19) for name in "ab"}
+        models = [
+            scores({(name, 0.5): row[i::3] for name, row in rows.items()}, ["x"] * 13, model=str(i)) for i in range(3)
+        ]
+        assert standings.ranks([standings.mean(models)], "ab", [0.5])["mean_rank"] == {"a": 1.5, "b": 1.5}
 
 
 def slow_rank(row, i):
@@ -217,6 +246,14 @@ def test_bins_hold_what_was_lost_there():
     one = scores({("a", 0.5): [1] * 6 + [0] * 6}, ["x"] * 12, density=dense)
     bins = [np.array(dense) <= 6, np.array(dense) > 6]
     assert density._lost([one], ("a", 0.5), bins) == [0.0, -100.0]
+
+
+@pytest.mark.parametrize("dense", [[1.0, 2.0], [1.0], [0.5, math.nan, 2.0, 2.0, 3.0, math.nan], [2.0] * 9])
+def test_no_bin_is_empty_and_none_has_what_nobody_knows(dense):
+    bins = density.binned(np.array(dense))
+    assert 1 <= len(bins) <= density.BINS
+    assert all(inside.any() for inside in bins)
+    assert sum(bins).tolist() == [int(not math.isnan(value)) for value in dense]
 
 
 def test_the_picture_hangs_on_the_figures(tmp_path):

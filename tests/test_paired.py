@@ -44,6 +44,8 @@ def test_questions_that_one_was_not_asked_do_not_count(tmp_path):
     full, other = paired.compare(written(tmp_path, marks, floor=("b",)), "a")
     assert (full["n"], other["n"], other["difference"]) == (2, 2, 0.5)
     assert (full["other_at_floor"], other["other_at_floor"]) == (0, 2)
+    full, other = paired.compare(written(tmp_path, marks, floor=("a",)), "a")
+    assert [(row["at_floor"], row["other_at_floor"]) for row in (full, other)] == [(2, 0), (2, 0)]
     assert full["p"] == 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -176,7 +177,10 @@ class Method:
         people to read.
         """
         more = {name: x for name, x in (("budget", budget), (EVIDENCE, evidence)) if x is not None}
-        Path(path).write_text(json.dumps(self.settings() | more, indent=2) + "\n")
+        text = json.dumps(self.settings() | more, indent=2) + "\n"
+        draft = Path(f"{path}.{os.getpid()}.part")
+        draft.write_text(text)
+        draft.replace(path)  # whole or not at all: a run may read it meanwhile
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:

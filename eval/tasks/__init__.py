@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vtc.eval import benchmarks, report
+from vtc.eval import benchmarks, marking
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,5 +56,5 @@ def answer(doc: dict[str, Any]) -> str:
 
 def score(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
     """The accuracy over all questions, and that of the question's own kind."""
-    correct = float(report.is_correct(replies[0], answer(doc)))
+    correct = float(marking.is_correct(replies[0], answer(doc)))
     return {"accuracy": correct, f"accuracy_{example(doc).task}": correct}

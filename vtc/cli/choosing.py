@@ -57,6 +57,7 @@ def choose(
 
     model_path(model)
     quiet()
+    from vtc.eval import album
     from vtc.eval import choose as choosing
 
     asked = choosing.Settings(
@@ -64,11 +65,17 @@ def choose(
         max_new_tokens, device,
     )  # fmt: skip
     if questions is None:
-        note(f"no --questions: asking in turn {'; '.join(choosing.QUESTIONS)}")
+        note(f"no --questions: asking in turn {'; '.join(album.QUESTIONS)}")
     say(f"loading {model}")
+    tried = [] if restart else choosing.promised(out / "choice.json")
     verdict, refused = choosing.run(asked, out, restart, bar=True)
     for name, reason in refused.items():
         note(f"without {name}: {reason}")
+    if others := sorted({*tried} - {agree}):
+        note(
+            f"tried here before: {', '.join(f'{one:g}' for one in others)}; the confidence is that of a promise "
+            "which was fixed before any answer was known"
+        )
     console = Console()
     for sentence in choosing.sentences(verdict, agree):
         console.print(sentence, markup=False, highlight=False)
@@ -110,6 +117,9 @@ def table(
     """
     chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
     check_names(*(chosen or ()), against)
+    if chosen and against not in chosen:
+        chosen = (*chosen, against)
+        note(f"{against} is run, too: it is what the others are compared with (--against)")
     need("matplotlib", "sklearn", "scipy", extra="eval")
     note_one(spend)
     quiet()
