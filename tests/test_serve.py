@@ -294,6 +294,21 @@ def test_a_cache_too_small_for_all_at_once_changes_nothing():
         assert results(runs, prompts, 40) == expected
 
 
+def test_a_full_cache_that_all_have_left_takes_new_ones():
+    """Upstream lets nobody new in until a request finishes, and none does."""
+    case = text(*chat(QUESTIONS[0])), [picture(0)], QUARTER
+    with engine(dataclasses.replace(SIZES, cache=96)) as (runs, prompt):
+        given = [prompt(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(6)]
+        for n, one in enumerate(given):
+            runs.add_request(one, f"gone {n}", max_new_tokens=60, eos_token_id=-1)
+        assert soon(lambda: runs.batch_processor is not None and runs.batch_processor.scheduler.block_new_requests)
+        with runs.pause():
+            for n in range(6):
+                runs.cancel_request(f"gone {n}")
+        assert soon(lambda: not runs.prompts)
+        assert results(runs, [prompt(*case)], 3) == [alone(*case, 3)]
+
+
 # -- the house ----------------------------------------------------------------------------------------------------
 
 

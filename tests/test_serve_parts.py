@@ -50,6 +50,7 @@ def test_what_running_parts_hold():
         assert {*vars(inputs)} >= {"input_ids", "position_ids", "requests_in_batch", "prepare_batch_tensors"}
         assert isinstance(plan.active_requests, dict)
         assert isinstance(plan.waiting_requests, dict)
+        assert plan.block_new_requests is False
         assert isinstance(runs.output_router.result_handlers, dict)
         assert runs.output_router._lock
         assert runs.background_thread_status.fatal_error is None

@@ -90,6 +90,8 @@ class Engine(ContinuousBatchingManager):
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler
+        if not scheduler.active_requests:  # a full cache lets nobody new in until one finishes: all may have left
+            scheduler.block_new_requests = False
         for _ in range(len(self._leaving)):
             request = self._leaving.popleft()
             if request in scheduler.active_requests or request in scheduler.waiting_requests:
