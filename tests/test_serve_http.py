@@ -42,6 +42,7 @@ from vtc.serve.images import images
 from vtc.serve.limits import Limits
 from vtc.serve.metrics import Metrics
 from vtc.serve.request import read
+from vtc.serve.stops import Stops
 
 QUARTER = ("vtc-cls", 0.25)
 
@@ -112,6 +113,32 @@ def test_a_sampled_answer_is_alone(served):
     assert reply["usage"]["vtc"]["packed"] is False
 
 
+def test_an_answer_ends_before_a_stop_string(served):
+    """Whole and streamed, where it spans two tokens, and where it only begins."""
+    answer = spoken(QUESTIONS[0], QUARTER, picture(0))
+    first, second, *_, last = answer.split()
+    stops = [second, f"{first} {second}", ["no such words", f"{first[-1]} {second[0]}"], f"{last} and more", []]
+    asked = [request(QUESTIONS[0], picture(0), stop=stop, stream=stream) for stop in stops for stream in (False, True)]
+    replies = post(served, *asked)
+    cut = [answer.partition(stop)[0] for stop in (second, f"{first} {second}", f"{first[-1]} {second[0]}")]
+    assert [*map(content, replies)] == [text for text in (*cut, answer, answer) for _ in (False, True)]
+    assert len({*cut, answer}) == 4
+    whole = [reply.json() for reply in replies[::2]]
+    assert [reply["choices"][0]["finish_reason"] for reply in whole] == [*["stop"] * 3, *["length"] * 2]
+    assert [reply["usage"]["completion_tokens"] for reply in whole] == [2, 2, 2, NEW, NEW]
+
+
+def test_pieces_that_may_become_a_stop_string_wait():
+    stops = Stops(["end", "and so"])
+    assert [stops.tell(piece) for piece in ("a", " e", "n", "t", "r an", "d ", "s", "i en", "d.")] == [
+        "", "a ", "", "ent", "r ", "", "", "and si ", ""
+    ]  # fmt: skip
+    assert stops.over
+    assert [stops.tell(""), stops.tell("more", last=True)] == ["", ""]
+    stops = Stops(["end"])
+    assert [stops.tell("an en"), stops.tell("", last=True), stops.over] == ["an ", "en", False]
+
+
 def test_a_budget_goes_down_with_the_load_and_up_again():
     with serving(Limits(waiting=9), budgets=(0.5, 0.25, 0.11)) as server:
         found = [server.spend()]
@@ -161,6 +188,9 @@ BAD = {
     "no budget": (400, request("a", picture(0), vtc={"method": "vtc-cls"}), "budget"),
     "unreachable budget": (400, request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}), "range is"),
     "budget above all": (400, request("a", picture(0), vtc={"budget": 1.5}), "budget"),
+    "too long a stop string": (400, request("a", stop="a" * 65), "stop.*at most 64 characters"),
+    "an empty stop string": (400, request("a", stop=[""]), "stop.*at least 1 character"),
+    "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),
     "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
     "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
     "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),

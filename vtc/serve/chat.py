@@ -21,6 +21,7 @@ from vtc.serve.memory import Full
 from vtc.serve.metrics import Metrics
 from vtc.serve.reading import Picture, Reading
 from vtc.serve.request import Asked, read
+from vtc.serve.stops import Stops
 from vtc.serve.ticket import Ticket
 
 
@@ -43,7 +44,7 @@ class Chat(ChatCompletionHandler):
             asked, ticket = read(body), Ticket()
             if asked.model != self.model_manager.force_model:
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
-            ticket.spend = asked.spend(self.default())
+            ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stops)
             config = self._config(asked)
             text, ids = self.reading.text(asked)
             pictures = await self.reading.pictures(asked)
@@ -68,7 +69,7 @@ class Chat(ChatCompletionHandler):
         config.do_sample = bool(asked.temperature)
         if asked.temperature:
             config.temperature, config.top_p = asked.temperature, asked.top_p
-        config.stop_strings = asked.stop
+        config.stop_strings = None  # those of a request are in its ticket
         return config
 
     async def _packed(
@@ -94,7 +95,7 @@ class Chat(ChatCompletionHandler):
         self, asked: Asked, ticket: Ticket, config: GenerationConfig, text: str, pictures: list[Picture]
     ) -> StreamingResponse | JSONResponse:
         inputs = await self.reading.inputs(text, pictures)
-        solo: Any = Solo(self.reading.model, ticket)
+        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode)
         ticket.packed, ticket.prompt_tokens = False, inputs["input_ids"].shape[1]
         ticket.before = ticket.after = 0
         self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
@@ -116,18 +117,24 @@ class Chat(ChatCompletionHandler):
 
     # -- replies --------------------------------------------------------------------------------------------------
 
-    def _build_completion(self, request_id: str, *args: Any, **kwargs: Any) -> dict:
-        return super()._build_completion(request_id, *args, **self._told(request_id, kwargs))
+    def _build_completion(self, request_id: str, content: str, *args: Any, **kwargs: Any) -> dict:
+        reply = self._told(request_id, {"content": content, **kwargs})
+        return super()._build_completion(request_id, reply.pop("content"), *args, **reply)
 
     def _build_chunk_sse(self, request_id: str = "", *args: Any, **kwargs: Any) -> str:
         return super()._build_chunk_sse(request_id, *args, **self._told(request_id, kwargs))
 
     def _told(self, ticket: str, reply: dict[str, Any]) -> dict[str, Any]:
-        """What a reply is made of, with more in its usage where it is the last part."""
-        if (usage := reply.get("usage")) is None or not isinstance(ticket, Ticket):
+        """What a reply is made of: without stop strings, and with more in its usage where it is the last part."""
+        if not isinstance(ticket, Ticket):
+            return reply
+        usage, content, stops = reply.get("usage"), reply.get("content"), ticket.stops
+        if stops.strings and (usage or content):
+            reply = {**reply, "content": stops.tell(content or "", last=usage is not None)}
+        if usage is None:
             return reply
         self.metrics.answered(ticket, usage.completion_tokens)
-        return {**reply, "usage": ticket.usage(usage)}
+        return {**reply, "usage": ticket.usage(usage), **({"finish_reason": "stop"} if stops.over else {})}
 
 
 async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -67,6 +67,9 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class Asked(_Strict):
     """A request."""
 
@@ -79,9 +82,13 @@ class Asked(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """None and 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: Literal[1] = 1
     user: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def packed(self) -> bool:
