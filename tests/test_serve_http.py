@@ -113,6 +113,14 @@ def test_a_sampled_answer_is_alone(served):
     assert reply["usage"]["vtc"]["packed"] is False
 
 
+def test_a_temperature_that_is_all_but_nothing_is_greedy(served):
+    """Packed, and alone where something else asks for that."""
+    asked = [request(QUESTIONS[0], picture(0), temperature=1e-40, **more) for more in ({}, {"top_p": 0.9})]
+    replies = post(served, *asked, request(QUESTIONS[0], picture(0), temperature=1e-3))
+    assert [*map(content, replies[:2])] == [spoken(QUESTIONS[0], QUARTER, picture(0))] * 2
+    assert [reply.json()["usage"]["vtc"]["packed"] for reply in replies] == [True, False, False]
+
+
 def test_an_answer_ends_before_a_stop_string(served):
     """Whole and streamed, where it spans two tokens, and where it only begins."""
     answer = spoken(QUESTIONS[0], QUARTER, picture(0))
@@ -171,6 +179,8 @@ BAD = {
     "a damaged one": (400, shows(data_url(picture(0))[:-400]), "damaged|base64"),
     "a bomb": (400, shows(png(9_000, 9_000)), "9000 x 9000 pixels"),
     "too many pixels together": (400, shows(png(90, 90), png(90, 90)), "1900 are left"),
+    "a strip": (400, shows(png(3000, 1)), "3000 x 1 pixels: one side is over 200"),
+    "a standing strip": (400, shows(png(1, 201)), "1 x 201 pixels: one side is over 200"),
     "too many images": (400, shows(*[png(1, 1)] * 3), "3 images"),
     "an address": (400, shows("http://127.0.0.1/x.png"), "fetches no URLs"),
     "a file": (400, shows("file:///etc/passwd"), "data URL"),

@@ -66,8 +66,8 @@ class Chat(ChatCompletionHandler):
             raise ValueError(f"max_tokens: {new}; this server answers with {most} at most")
         config = copy.deepcopy(self.reading.model.generation_config)
         config.max_new_tokens, config.max_length, config.num_beams = new or most, None, 1
-        config.do_sample = bool(asked.temperature)
-        if asked.temperature:
+        config.do_sample = asked.sampled
+        if asked.sampled:
             config.temperature, config.top_p = asked.temperature, asked.top_p
         config.stop_strings = None  # those of a request are in its ticket
         return config

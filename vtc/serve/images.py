@@ -15,6 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vtc.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+NARROW = 200
+"""How many times its shorter side the longer one of an image is at most, as with Qwen-VL's processors: others bring the
+shorter side to a size of theirs, and a strip takes all memory."""
 
 
 def images(urls: list[str], limits: Limits) -> list[Image.Image]:
@@ -74,6 +77,8 @@ def _decoded(content: bytes, pixels: int) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > pixels:  # known from the header
                 raise ValueError(f"an image of {image.width} x {image.height} pixels where {pixels} are left to use")
+            if max(image.size) > NARROW * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: one side is over {NARROW} times the other")
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB")
     except UnidentifiedImageError:

@@ -80,7 +80,7 @@ class Asked(_Strict):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """None and 0: greedy."""
+    """None and below 0.001: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: Literal[1] = 1
@@ -91,9 +91,14 @@ class Asked(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def sampled(self) -> bool:
+        """A temperature that is all but 0 is taken for it: divided by it, logits are no numbers any more."""
+        return self.temperature is not None and self.temperature >= 1e-3
+
+    @property
     def packed(self) -> bool:
         """Whether the answer is greedy and ends where the model ends it: only those share batches."""
-        return not self.temperature and self.top_p in (None, 1.0) and not self.stop
+        return not self.sampled and self.top_p in (None, 1.0) and not self.stop
 
     @property
     def urls(self) -> list[str]:
