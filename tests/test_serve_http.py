@@ -274,6 +274,15 @@ def test_images_that_have_no_room_now_are_told_to_come_again():
         assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
 
 
+def test_a_request_fills_the_blocks_of_the_cache_and_no_more():
+    """Of 62 tokens in blocks of 8 there are 56: the engine dies of a request that needs one more."""
+    with serving(sizes=replace(SIZES, cache=62)) as server:
+        prompt = post(server, request(QUESTIONS[0], max_tokens=1))[0].json()["usage"]["prompt_tokens"]
+        fits, does_not = (request(QUESTIONS[0], max_tokens=most - prompt) for most in (56, 57))
+        assert post(server, does_not)[0].json()["error"]["message"].endswith("this server holds 56")
+        assert post(server, fits)[0].json()["usage"]["total_tokens"] == 56
+
+
 # -- the gate -----------------------------------------------------------------------------------------------------
 
 
