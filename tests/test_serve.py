@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import threading
 
 import models
 import pytest
@@ -10,6 +11,7 @@ from own_models import llava_next_processor, load_qwen2_vl, save_llava_next, sav
 from PIL import Image
 from serve_fixtures import NEW, QUESTIONS, SIZES, alone, chat, engine, picture, results, soon, tiny
 from test_house import MODULES
+from transformers.generation.continuous_batching import continuous_api
 
 import vtc
 import vtc.adapter as adapters
@@ -281,6 +283,36 @@ def test_who_goes_away_gives_blocks_and_images_back():
         assert blocks(runs) == (0, whole)
         assert results(runs, [given[0]], NEW) == [alone(text(*chat(QUESTIONS[0])), [picture(0)], QUARTER)]
         assert soon(lambda: blocks(runs) == (0, whole))
+
+
+def test_who_goes_between_two_looks_of_the_engine_goes(monkeypatch):
+    """Upstream looks at what is new, then at what is cancelled: a request that comes and goes between is new later."""
+    drain, looked, going, seen = continuous_api.drain_queue, threading.Event(), threading.Event(), []
+    case = text(*chat(QUESTIONS[0])), [picture(2)], QUARTER
+    with engine() as (runs, prompt):
+        soon(lambda: runs.batch_processor is not None)
+        for n in range(2):  # these have the first rows of the memory
+            prompt(text(*chat(QUESTIONS[0])), [picture(n)], QUARTER)
+        given = prompt(*case)
+
+        def paused(queue):
+            found = drain(queue)
+            if queue is runs.input_queue and not looked.is_set():
+                looked.set()
+                going.wait(10)
+            seen.append({**runs.batch_processor.scheduler.active_requests})
+            return found
+
+        monkeypatch.setattr(continuous_api, "drain_queue", paused)
+        assert looked.wait(10)
+        runs.add_request(given, "gone", max_new_tokens=400)
+        runs.cancel_request("gone")
+        going.set()
+        assert soon(lambda: "gone" not in runs.prompts)
+        assert given.images[0].users == 0
+        assert runs.blocks_in_use() == 0
+        assert sum("gone" in active for active in seen) <= 4, "two looks a step: it is not answered to its end"
+        assert results(runs, [prompt(*case)]) == [alone(*case)]
 
 
 def test_a_cache_too_small_for_all_at_once_changes_nothing():

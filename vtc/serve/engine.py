@@ -88,14 +88,14 @@ class Engine(ContinuousBatchingManager):
         return processor
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        leaving = [self._leaving.popleft() for _ in range(len(self._leaving))]  # those whose cancellation is seen below
         goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler
         if not scheduler.active_requests:  # a full cache lets nobody new in until one finishes: all may have left
             scheduler.block_new_requests = False
-        for _ in range(len(self._leaving)):
-            request = self._leaving.popleft()
+        for request in leaving:
             if request in scheduler.active_requests or request in scheduler.waiting_requests:
-                self._leaving.append(request)
+                self.cancel_request(request)  # upstream looks at what is new first: both came between its two looks
             elif (prompt := self.prompts.pop(request, None)) is not None:
                 for kept in prompt.images:
                     self._memory.release(kept)
@@ -107,14 +107,13 @@ class Engine(ContinuousBatchingManager):
         positions, start = [], 0
         for future in inputs.requests_in_batch:
             end, count = start + future.query_length, future.state.position_offset
-            past, prompt = count - future.query_length, self.prompts.get(future.state.request_id)
-            shift = 0 if prompt is None else prompt.shift
-            if prompt is not None and past < len(prompt.ids):
+            past, prompt = count - future.query_length, self.prompts[future.state.request_id]
+            if past < len(prompt.ids):
                 read = prompt.read[past:count]
                 inputs.input_ids[start : start + len(read)] = read.to(inputs.input_ids.device)
                 positions.append(prompt.positions[past:count])
                 past += len(read)
-            positions.append(torch.arange(past + shift, count + shift, dtype=torch.int32))
+            positions.append(torch.arange(past + prompt.shift, count + prompt.shift, dtype=torch.int32))
             start = end
         inputs.position_ids[:start] = torch.cat(positions).to(inputs.position_ids.device)
 
