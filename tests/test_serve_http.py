@@ -274,6 +274,21 @@ def test_images_that_have_no_room_now_are_told_to_come_again():
         assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
 
 
+def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
+    """A text of more characters than any prompt before the tokenizer, one of more tokens before the tower."""
+    worked = []
+    tokenizer = type(served.chat.reading._beside.tokenizer)
+    monkeypatch.setattr(tokenizer, "__call__", lambda *args, **kwargs: worked.append("tokenizer") or {"input_ids": []})
+    (reply,) = post(served, request("color " * 3000, picture(0)))
+    assert (reply.status_code, worked) == (400, [])
+    assert re.search(r"a text of 180\d\d characters; this server holds 1024 tokens", reply.json()["error"]["message"])
+    monkeypatch.undo()
+    monkeypatch.setattr(served.tower, "submit", lambda *args: worked.append("tower"))
+    (reply,) = post(served, request("color " * 1020, picture(0)))
+    assert (reply.status_code, worked) == (400, [])
+    assert "this server holds 1024" in reply.json()["error"]["message"]
+
+
 def test_a_request_fills_the_blocks_of_the_cache_and_no_more():
     """Of 62 tokens in blocks of 8 there are 56: the engine dies of a request that needs one more."""
     with serving(sizes=replace(SIZES, cache=62)) as server:

@@ -46,7 +46,8 @@ class Chat(ChatCompletionHandler):
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
             ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stops)
             config = self._config(asked)
-            text, ids = self.reading.text(asked)
+            text, ids = await self.reading.text(asked)
+            self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
             pictures = await self.reading.pictures(asked)
             if self.why_alone is None and asked.packed:
                 try:

@@ -32,8 +32,10 @@ class Reading:
         """`context`: tokens of a prompt and its answer."""
         self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
         self.memory: Memory = tower.memory
-        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for the threads that make `inputs`
+        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for other threads
         self.placeholder: int = tower.adapter.image_token_id
+        self.characters = context * max(map(len, processor.tokenizer.get_vocab()))
+        """Of a text: `context` times those of the longest token."""
 
     async def pictures(self, asked: Asked) -> list[Picture]:
         """Raises ValueError for what is no image, or too much of it."""
@@ -43,15 +45,22 @@ class Reading:
 
         return await asyncio.to_thread(opened)
 
-    def text(self, asked: Asked) -> tuple[str, list[int]]:
-        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, too."""
+    async def text(self, asked: Asked) -> tuple[str, list[int]]:
+        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, or is too long."""
         messages = [message.model_dump(exclude_none=True) for message in asked.messages]
         try:
             chat = BaseHandler.get_processor_inputs_from_messages(messages, Modality.VLM)
             text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
         except TemplateError as error:
             raise ValueError(f"messages: this model's chat template says: {error}") from None
-        ids = self.processor.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
+        if len(text) > self.characters:
+            raise ValueError(f"a text of {len(text)} characters; this server holds {self.context} tokens")
+
+        def tokenized() -> list[int]:
+            with self._lock:
+                return self._beside.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
+
+        ids = await asyncio.to_thread(tokenized)  # others are answered meanwhile
         if ids.count(self.placeholder) != len(asked.urls):
             token = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder)
             raise ValueError(f"messages: {token} stands for an image in this model's prompts, and is no text")
