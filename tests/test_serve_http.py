@@ -298,6 +298,16 @@ def test_a_request_fills_the_blocks_of_the_cache_and_no_more():
         assert post(server, fits)[0].json()["usage"]["total_tokens"] == 56
 
 
+def test_images_that_never_have_room_together_are_refused():
+    """Memory for 16 visual tokens, of which an image keeps 9: two are too much, unless they are one."""
+    with serving(sizes=replace(SIZES, remembered=16)) as server:
+        (refused,) = post(server, request(QUESTIONS[0], picture(0), picture(1)))
+        assert refused.status_code == 400
+        assert "images of 18 visual tokens together, and memory for 16" in refused.json()["error"]["message"]
+        (twice,) = post(server, request(QUESTIONS[0], picture(1), picture(1)))
+        assert content(twice) == spoken(QUESTIONS[0], QUARTER, picture(1), picture(1))
+
+
 # -- the gate -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 from vtc.serve.encode import NOTHING, Alone, Spend, prune
 from vtc.serve.images import images as open_images
 from vtc.serve.limits import Limits
-from vtc.serve.memory import Kept, Memory
+from vtc.serve.memory import Full, Kept, Memory
 from vtc.serve.prompt import Prompt
 from vtc.serve.request import Asked
 from vtc.serve.tower import Tower
@@ -75,12 +75,27 @@ class Reading:
         """Images through the tower, and the prompt around them. Raises Alone, `Full`, ValueError."""
         futures = [self.tower.submit(image, digest, spend) for image, digest in pictures]
         try:
-            kept = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            kept = self._all(pictures, found)
         except BaseException:
             for future in futures:
                 future.add_done_callback(self._give_back)
             raise
         return Prompt.of(ids, self.placeholder, kept, self.memory.vocabulary)
+
+    def _all(self, pictures: Sequence[Picture], found: Sequence[Kept | BaseException]) -> list[Kept]:
+        """Raise what was in the way of one; ValueError where there is never room for all of them."""
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, Full):
+                raise error
+        kept, room = [one for one in found if isinstance(one, Kept)], len(self.memory.rows)
+        full = {digest: one for (_, digest), one in zip(pictures, found, strict=True) if isinstance(one, Full)}
+        total = sum(len(one.slots) for one in {*kept}) + sum(one.rows for one in full.values())
+        if full and total > room:
+            raise ValueError(f"images of {total} visual tokens together, and memory for {room}: lower the budget")
+        for error in full.values():
+            raise error
+        return kept
 
     def _give_back(self, future: Future[Kept]) -> None:
         if not future.cancelled() and future.exception() is None:
