@@ -36,6 +36,7 @@ from serve_fixtures import (
 )
 from test_readme import SERVED, blocks
 
+from vtc.serve.alone import Solo
 from vtc.serve.encode import NOTHING, Pruned
 from vtc.serve.gate import Gate
 from vtc.serve.images import images
@@ -306,6 +307,25 @@ def test_images_that_never_have_room_together_are_refused():
         assert "images of 18 visual tokens together, and memory for 16" in refused.json()["error"]["message"]
         (twice,) = post(server, request(QUESTIONS[0], picture(1), picture(1)))
         assert content(twice) == spoken(QUESTIONS[0], QUARTER, picture(1), picture(1))
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1}], ids=["packed", "alone"])
+def test_who_leaves_before_the_first_part_is_answered_no_further(more, monkeypatch):
+    """Nothing of a stream runs, nor ends, before somebody asks for a part."""
+    solos: list[Solo] = []
+    monkeypatch.setattr("vtc.serve.chat.Solo", lambda *parts: solos.append(Solo(*parts)) or solos[-1])
+    with serving(Limits(new_tokens=900)) as server:
+        cancelled, cancel = [], server.engine.cancel_request
+        monkeypatch.setattr(server.engine, "cancel_request", lambda one: (cancelled.append(one), cancel(one)))
+
+        async def run() -> bool:
+            asked = request(QUESTIONS[0], picture(0), stream=True, **more) | {"max_tokens": 900}
+            await asyncio.create_task(server.chat.handle_request(asked, "its task ends here"))
+            return await asyncio.to_thread(soon, lambda: not server.engine.prompts and not server.engine.blocks_in_use())
+
+        assert in_a_loop(run())
+        assert bool(cancelled) is not bool(solos)
+        assert all(solo.gone.is_set() for solo in solos)
 
 
 # -- the gate -----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Chat(ChatCompletionHandler):
             inputs = {"input_ids": ids, "prompt": prompt}
             parts = (self.reading.model, self.reading.processor, asked.model, inputs, config, self.packed)
             if asked.stream:
-                return self._streamed(ticket, *parts)
+                return self._streamed(lambda: self.packed.engine.cancel_request(ticket), ticket, *parts)
             return await self._non_streaming(ticket, *parts)
         except BaseException:
             self.packed.engine.cancel_request(ticket)
@@ -102,7 +102,7 @@ class Chat(ChatCompletionHandler):
         self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
         parts = (solo, self.reading.processor, asked.model, inputs, config, self.alone)
         if asked.stream:
-            return self._streamed(ticket, *parts)
+            return self._streamed(solo.gone.set, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
             return await asyncio.shield(whole)
@@ -111,8 +111,11 @@ class Chat(ChatCompletionHandler):
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
 
-    def _streamed(self, *parts: Any) -> StreamingResponse:
+    def _streamed(self, over: Callable[[], None], *parts: Any) -> StreamingResponse:
+        """`over` is called when the reply has ended, also where its client left before the first part was asked for."""
         response = self._streaming(*parts)
+        if (task := asyncio.current_task()) is not None:
+            task.add_done_callback(lambda _: over())
         response.body_iterator = _with_end(response.body_iterator)  # type: ignore[arg-type]
         return response
 
