@@ -44,7 +44,7 @@ class Chat(ChatCompletionHandler):
             asked, ticket = read(body), Ticket()
             if asked.model != self.model_manager.force_model:
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
-            ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stops)
+            ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stop or ())
             config = self._config(asked)
             text, ids = await self.reading.text(asked)
             self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
@@ -67,6 +67,10 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -82,13 +86,9 @@ class Asked(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """None and below 0.001: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_listed)] | None = None
     n: Literal[1] = 1
     user: str | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def sampled(self) -> bool:
