@@ -174,6 +174,16 @@ def png(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def damaged_exif(place: int, byte: int) -> str:
+    """A picture that says how it is turned, with a byte of its tags changed."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif.update({0x010F: "maker", 0x0112: 6, 0x011A: 72.0})
+    Image.new("L", (8, 8)).save(buffer, "JPEG", exif=exif)
+    content = bytearray(buffer.getvalue())
+    content[place] = byte
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
 def shows(*urls: str) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
@@ -183,6 +193,11 @@ BAD = {
     "no image": (400, shows("data:image/png;base64," + base64.b64encode(b"GIF? no").decode()), "not an image"),
     "no base64": (400, shows("data:image/png;base64,%%%"), "no base64"),
     "a damaged one": (400, shows(data_url(picture(0))[:-400]), "damaged|base64"),
+    "damaged tags": (400, shows(damaged_exif(65, 0)), "a damaged image"),
+    "tags of a wrong type": (400, shows(damaged_exif(67, 7)), "a damaged image"),
+    "half a character": (400, json.dumps(request("a \ud800")).encode(), "no Unicode text: surrogates not allowed at 2"),
+    "half a character for a name": (400, b'{"\\ud800": 1, "model": "tiny", "messages": []}', r"messages|\\ud800"),
+    "half a character to stop at": (400, json.dumps(request("a", stop="\udfff")).encode(), "no Unicode text"),
     "a bomb": (400, shows(png(9_000, 9_000)), "9000 x 9000 pixels"),
     "too many pixels together": (400, shows(png(90, 90), png(90, 90)), "1900 are left"),
     "a strip": (400, shows(png(3000, 1)), "3000 x 1 pixels: one side is over 200"),

@@ -94,7 +94,7 @@ def _decoded(content: bytes, pixels: int) -> Image.Image:
             return upright.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not an image: {', '.join(FORMATS)} are read") from None
-    except Image.DecompressionBombError as error:
+    except (ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
-    except (OSError, SyntaxError, EOFError, OverflowError) as error:  # Pillow raises SyntaxError for broken PNG files
+    except Exception as error:  # Pillow raises anything: SyntaxError for PNG files, struct.error and TypeError for EXIF
         raise ValueError(f"a damaged image: {error}") from None

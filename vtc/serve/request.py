@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
@@ -31,9 +31,21 @@ class _Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
 
+def _encodable(given: str) -> str:
+    """JSON may have half of a surrogate pair, and a tokenizer takes none."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no Unicode text: {error.reason} at {error.start}") from None
+    return given
+
+
+Words = Annotated[str, AfterValidator(_encodable)]
+
+
 class Text(_Strict):
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Address(_Strict):
@@ -49,8 +61,8 @@ class Picture(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], Field(min_length=1)]
-    name: str | None = None
+    content: Words | Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], Field(min_length=1)]
+    name: Words | None = None
 
 
 class Compress(_Strict):
@@ -71,7 +83,7 @@ def _listed(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=64)]
+Stop = Annotated[Words, Field(min_length=1, max_length=64)]
 
 
 class Asked(_Strict):
