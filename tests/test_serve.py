@@ -285,6 +285,18 @@ def test_who_goes_away_gives_blocks_and_images_back():
         assert soon(lambda: blocks(runs) == (0, whole))
 
 
+def test_what_a_step_still_had_for_who_has_left_is_not_kept():
+    with engine() as (runs, prompt):
+        for n in range(3):
+            given = prompt(text(*chat(QUESTIONS[0])), [picture(n)], QUARTER)
+            runs.add_request(given, f"gone {n}", max_new_tokens=400, streaming=True)
+            assert soon(lambda: runs.output_router.output_queue.qsize() > 1)  # nobody has asked to be called
+            runs.cancel_request(f"gone {n}")
+            assert soon(lambda: not runs.prompts)
+            assert soon(runs.output_router.output_queue.empty)
+        assert results(runs, [given]) == [alone(text(*chat(QUESTIONS[0])), [picture(2)], QUARTER)]
+
+
 def test_who_goes_between_two_looks_of_the_engine_goes(monkeypatch):
     """Upstream looks at what is new, then at what is cancelled: a request that comes and goes between is new later."""
     drain, looked, going, seen = continuous_api.drain_queue, threading.Event(), threading.Event(), []

@@ -196,7 +196,7 @@ BAD = {
     "damaged tags": (400, shows(damaged_exif(65, 0)), "a damaged image"),
     "tags of a wrong type": (400, shows(damaged_exif(67, 7)), "a damaged image"),
     "half a character": (400, json.dumps(request("a \ud800")).encode(), "no Unicode text: surrogates not allowed at 2"),
-    "half a character for a name": (400, b'{"\\ud800": 1, "model": "tiny", "messages": []}', r"messages|\\ud800"),
+    "half a character for a name": (400, json.dumps(request("a") | {"\ud800": 1}).encode(), r"\\ud800: Extra"),
     "half a character to stop at": (400, json.dumps(request("a", stop="\udfff")).encode(), "no Unicode text"),
     "a bomb": (400, shows(png(9_000, 9_000)), "9000 x 9000 pixels"),
     "too many pixels together": (400, shows(png(90, 90), png(90, 90)), "1900 are left"),

@@ -7,6 +7,7 @@ from serve_fixtures import engine, soon
 from transformers.cli.serving import chat_completion, server, utils
 from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
+from transformers.generation.continuous_batching.utils import drain_queue
 
 Manager, Processor = continuous_api.ContinuousBatchingManager, continuous_api.ContinuousBatchProcessor
 Inputs, Handler = input_outputs.ContinuousBatchingIOs, chat_completion.ChatCompletionHandler
@@ -23,6 +24,7 @@ SIGNATURES = {
     Inputs.prepare_batch_tensors: "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens "
     "max_kv_read use_padding",
     cache_allocator.compute_block_hash: "parent_hash tokens",
+    drain_queue: "q",
     utils.CBGenerateManager.generate_streaming: "self model processor inputs gen_config request_id response_parser",
     utils.CBGenerateManager.generate_non_streaming: "self model processor inputs gen_config request_id",
     utils.BaseHandler.get_processor_inputs_from_messages: "messages modality",

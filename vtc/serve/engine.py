@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerationState
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import drain_queue
 
 from vtc.core.patch import Patch, around
 from vtc.serve.limits import Sizes
@@ -99,6 +100,11 @@ class Engine(ContinuousBatchingManager):
             elif (prompt := self.prompts.pop(request, None)) is not None:
                 for kept in prompt.images:
                     self._memory.release(kept)
+        if leaving:  # what a step still had for them, nobody reads
+            unread = self.output_router.output_queue
+            for output in drain_queue(unread):
+                if output.request_id in self.prompts:
+                    unread.put(output)
         return goes_on
 
     def _prepare(self, inputs: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
