@@ -412,6 +412,19 @@ def test_who_leaves_before_the_first_part_is_answered_no_further(more, monkeypat
         assert all(solo.gone.is_set() for solo in solos)
 
 
+def test_a_stream_that_fails_says_why(served, monkeypatch):
+    """As OpenAI's do: an object of its own, and no [DONE] behind it."""
+
+    def broken(*model, **inputs):
+        raise RuntimeError('no "room"\nhere')
+
+    monkeypatch.setattr(type(served.chat.reading.model), "generate", broken)
+    (reply,) = post(served, request(QUESTIONS[0], picture(0), stream=True, temperature=1))
+    *_, last = [line for line in reply.text.splitlines() if line]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["type"]) == ('no "room"\nhere', "server_error")
+
+
 # -- the gate -----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.cli.serving.utils import GenerateManager
 from vtc.serve.alone import Solo
 from vtc.serve.encode import Alone, Spend
 from vtc.serve.engine import Packed, State
+from vtc.serve.gate import problem
 from vtc.serve.memory import Full
 from vtc.serve.metrics import Metrics
 from vtc.serve.reading import Picture, Reading
@@ -141,11 +143,21 @@ class Chat(ChatCompletionHandler):
         return {**reply, "usage": ticket.usage(usage), **({"finish_reason": "stop"} if stops.over else {})}
 
 
+FAILED = 'data: {"error": "'
+"""How upstream's chunk of an error begins, with the text as it is; in JSON, text has no quotation mark of this kind."""
+
+
 async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    """With the line that ends a stream for OpenAI's clients."""
+    """With the line that ends a stream for OpenAI's clients, or an error as they read it."""
     try:
         async for chunk in chunks:
-            yield chunk
+            before, failed, why = chunk.partition(FAILED)
+            if before:
+                yield before
+            if failed:
+                error = problem(500, why.removesuffix('"}\n\n'))
+                yield f"data: {json.dumps(error)}\n\n"
+                return
         yield "data: [DONE]\n\n"
     finally:
         await chunks.aclose()  # type: ignore[attr-defined]
