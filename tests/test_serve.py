@@ -185,6 +185,33 @@ def test_images_that_arrive_together_go_through_the_tower_together():
     tower.stop()
 
 
+def test_who_comes_while_an_image_fails_is_told(monkeypatch):
+    """Between the moment in which it finds that others wait for the image, and the one in which it waits with them."""
+    model, processor = tiny()
+    tower, comes, fails = Tower(model, processor, Memory(model, 512), together=16), threading.Event(), threading.Event()
+
+    class Slow(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            if found:
+                comes.set()
+                fails.wait(0.5)
+            return found
+
+    def broken(*args):
+        comes.wait(20)
+        raise RuntimeError("no image")
+
+    monkeypatch.setattr("vtc.serve.tower.prune", broken)
+    tower._waiting = Slow()
+    first = tower.submit(picture(0), b"key", QUARTER)
+    first.add_done_callback(lambda _: fails.set())
+    tower.start()
+    second = tower.submit(picture(0), b"key", QUARTER)
+    assert [str(future.exception(timeout=20)) for future in (first, second)] == ["no image"] * 2
+    tower.stop()
+
+
 # -- who is alone -------------------------------------------------------------------------------------------------
 
 

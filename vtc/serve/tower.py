@@ -83,14 +83,14 @@ class Tower:
             self._remember(key, pruned)
 
     def _remember(self, key: Hashable, pruned: Pruned) -> None:
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 kept = self.memory.add(key, pruned)
-            except Exception as error:
-                return self._fail(key, error)
-            futures = self._waiting.pop(key)
-            for _ in futures[1:]:
-                self.memory.find(key)
+                futures = self._waiting.pop(key)
+                for _ in futures[1:]:
+                    self.memory.find(key)
+        except Exception as error:
+            return self._fail(key, error)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_result(kept)
@@ -99,6 +99,8 @@ class Tower:
         return None
 
     def _fail(self, key: Hashable, error: Exception) -> None:
-        for future in self._waiting.pop(key, []):
+        with self._lock:
+            futures = self._waiting.pop(key, [])
+        for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
