@@ -212,6 +212,19 @@ def test_who_comes_while_an_image_fails_is_told(monkeypatch):
     tower.stop()
 
 
+def test_of_what_cannot_be_packed_the_last_is_remembered(monkeypatch):
+    """Clients name budgets as they like, and each is an entry."""
+    monkeypatch.setattr("vtc.serve.tower.REASONS", 2)
+    model, processor = tiny()
+    tower = Tower(model, processor, Memory(model, 512), together=16)
+    tower.start()
+    for budget in (0.5, 0.6, 0.7):
+        with pytest.raises(Alone):
+            tower.submit(picture(0), b"key", ("fastv", budget)).result(timeout=20)
+    assert [*tower._reasons] == [("fastv", 0.6), ("fastv", 0.7)]
+    tower.stop()
+
+
 # -- who is alone -------------------------------------------------------------------------------------------------
 
 

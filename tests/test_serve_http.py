@@ -219,6 +219,7 @@ BAD = {
     "no budget": (400, request("a", picture(0), vtc={"method": "vtc-cls"}), "budget"),
     "unreachable budget": (400, request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}), "range is"),
     "budget above all": (400, request("a", picture(0), vtc={"budget": 1.5}), "budget"),
+    "a budget without bounds": (400, request("a", vtc={"budget": 10**400}), "less than or equal to 1000000"),
     "too long a stop string": (400, request("a", stop="a" * 65), "stop.*at most 64 characters"),
     "an empty stop string": (400, request("a", stop=[""]), "stop.*at least 1 character"),
     "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),

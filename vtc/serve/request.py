@@ -65,12 +65,15 @@ class Message(_Strict):
     name: Words | None = None
 
 
+Tokens = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+
+
 class Compress(_Strict):
     """`extra_body={"vtc": {"method": ..., "budget": ...}}`."""
 
     method: str | None = None
     """A name out of `vtc methods`, or "none" for all visual tokens."""
-    budget: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    budget: Tokens | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Visual tokens per image averaged over the decoder layers, or a fraction."""
 
 
