@@ -40,6 +40,7 @@ from serve_fixtures import (
     tiny,
 )
 from test_readme import SERVED, blocks
+from transformers.cli.serving.utils import CBStreamer
 
 from vtc.serve.alone import Solo
 from vtc.serve.encode import NOTHING, Pruned
@@ -424,6 +425,22 @@ def test_a_stream_that_fails_says_why(served, monkeypatch):
     *_, last = [line for line in reply.text.splitlines() if line]
     error = json.loads(last.removeprefix("data: "))["error"]
     assert (error["message"], error["type"]) == ('no "room"\nhere', "server_error")
+
+
+def test_an_answer_that_is_there_at_once_is_streamed(served, monkeypatch):
+    """Upstream says who is to be called once it has handed the request in, which may be answered by then."""
+    router, answered, begin = served.engine.output_router, [], CBStreamer.__init__
+    deliver = router.deliver_batch
+    monkeypatch.setattr(router, "deliver_batch", lambda outputs: (deliver(outputs), answered.extend(outputs)))
+    monkeypatch.setattr(CBStreamer, "__init__", lambda *args, **more: soon(lambda: answered) and begin(*args, **more))
+
+    async def run() -> str:
+        reply = await served.chat.handle_request(request(QUESTIONS[1], picture(0), stream=True, max_tokens=1), "x")
+        return "".join([part async for part in reply.body_iterator])
+
+    streamed = in_a_loop(asyncio.wait_for(run(), 20))
+    assert spoken(QUESTIONS[1], QUARTER, picture(0)).split()[0] in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
 
 
 # -- the gate -----------------------------------------------------------------------------------------------------

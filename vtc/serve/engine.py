@@ -160,6 +160,13 @@ class Packed(CBGenerateManager):
         self._cb = self.engine = engine
 
     def generate_streaming(self, model: Any, processor: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        handlers, request = self.engine.output_router.result_handlers, kwargs["request_id"]
+
+        def delivered(output: GenerationOutput) -> None:  # in the loop, where it is known by then who is to be called
+            if request in handlers:
+                handlers[request][0](output)
+
+        self.engine.register_result_handler(request, delivered)  # upstream does so once the engine may have answered
         return super().generate_streaming(model, processor, {"input_ids": inputs["prompt"]}, *args, **kwargs)
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
