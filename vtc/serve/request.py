@@ -142,5 +142,6 @@ def read(body: dict[str, Any]) -> Asked:
     try:
         return Asked.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        all_ = error.errors(include_url=False, include_input=False)
+        told = max(all_, key=lambda one: len(one["loc"]))  # of what may be this or that, the one that came further
+        raise ValueError(f"{'.'.join(map(str, told['loc']))}: {told['msg']}") from None
