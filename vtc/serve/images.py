@@ -61,11 +61,11 @@ def _fetched(url: str, limits: Limits) -> bytes:
         raise ValueError(f"{host} is no public address")
 
     async def read() -> bytes:
-        content, named = b"", {"headers": {"host": at.netloc.decode()}, "extensions": {"sni_hostname": host}}
+        content, headers, extensions = b"", {"host": at.netloc.decode()}, {"sni_hostname": host}
         async with (
             asyncio.timeout(limits.seconds),
             httpx.AsyncClient(timeout=None, trust_env=False) as client,
-            client.stream("GET", at.copy_with(host=addresses[0]), **named) as response,
+            client.stream("GET", at.copy_with(host=addresses[0]), headers=headers, extensions=extensions) as response,
         ):
             if response.status_code != 200:
                 raise ValueError(f"{host} answers {response.status_code}")

@@ -86,7 +86,7 @@ def _listed(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-Stop = Annotated[Words, Field(min_length=1, max_length=64)]
+Stop = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_encodable)]
 
 
 class Asked(_Strict):
