@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import threading
 
 import models
 import pytest
@@ -10,6 +11,7 @@ from own_models import llava_next_processor, load_qwen2_vl, save_llava_next, sav
 from PIL import Image
 from serve_fixtures import NEW, QUESTIONS, SIZES, alone, chat, engine, picture, results, soon, tiny
 from test_house import MODULES
+from transformers.generation.continuous_batching import continuous_api
 
 import vtc
 import vtc.adapter as adapters
@@ -183,6 +185,46 @@ def test_images_that_arrive_together_go_through_the_tower_together():
     tower.stop()
 
 
+def test_who_comes_while_an_image_fails_is_told(monkeypatch):
+    """Between the moment in which it finds that others wait for the image, and the one in which it waits with them."""
+    model, processor = tiny()
+    tower, comes, fails = Tower(model, processor, Memory(model, 512), together=16), threading.Event(), threading.Event()
+
+    class Slow(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            if found:
+                comes.set()
+                fails.wait(0.5)
+            return found
+
+    def broken(*args):
+        comes.wait(20)
+        raise RuntimeError("no image")
+
+    monkeypatch.setattr("vtc.serve.tower.prune", broken)
+    tower._waiting = Slow()
+    first = tower.submit(picture(0), b"key", QUARTER)
+    first.add_done_callback(lambda _: fails.set())
+    tower.start()
+    second = tower.submit(picture(0), b"key", QUARTER)
+    assert [str(future.exception(timeout=20)) for future in (first, second)] == ["no image"] * 2
+    tower.stop()
+
+
+def test_of_what_cannot_be_packed_the_last_is_remembered(monkeypatch):
+    """Clients name budgets as they like, and each is an entry."""
+    monkeypatch.setattr("vtc.serve.tower.REASONS", 2)
+    model, processor = tiny()
+    tower = Tower(model, processor, Memory(model, 512), together=16)
+    tower.start()
+    for budget in (0.5, 0.6, 0.7):
+        with pytest.raises(Alone):
+            tower.submit(picture(0), b"key", ("fastv", budget)).result(timeout=20)
+    assert [*tower._reasons] == [("fastv", 0.6), ("fastv", 0.7)]
+    tower.stop()
+
+
 # -- who is alone -------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +325,48 @@ def test_who_goes_away_gives_blocks_and_images_back():
         assert soon(lambda: blocks(runs) == (0, whole))
 
 
+def test_what_a_step_still_had_for_who_has_left_is_not_kept():
+    with engine() as (runs, prompt):
+        for n in range(3):
+            given = prompt(text(*chat(QUESTIONS[0])), [picture(n)], QUARTER)
+            runs.add_request(given, f"gone {n}", max_new_tokens=400, streaming=True)
+            assert soon(lambda: runs.output_router.output_queue.qsize() > 1)  # nobody has asked to be called
+            runs.cancel_request(f"gone {n}")
+            assert soon(lambda: not runs.prompts)
+            assert soon(runs.output_router.output_queue.empty)
+        assert results(runs, [given]) == [alone(text(*chat(QUESTIONS[0])), [picture(2)], QUARTER)]
+
+
+def test_who_goes_between_two_looks_of_the_engine_goes(monkeypatch):
+    """Upstream looks at what is new, then at what is cancelled: a request that comes and goes between is new later."""
+    drain, looked, going, seen = continuous_api.drain_queue, threading.Event(), threading.Event(), []
+    case = text(*chat(QUESTIONS[0])), [picture(2)], QUARTER
+    with engine() as (runs, prompt):
+        soon(lambda: runs.batch_processor is not None)
+        for n in range(2):  # these have the first rows of the memory
+            prompt(text(*chat(QUESTIONS[0])), [picture(n)], QUARTER)
+        given = prompt(*case)
+
+        def paused(queue):
+            found = drain(queue)
+            if queue is runs.input_queue and not looked.is_set():
+                looked.set()
+                going.wait(10)
+            seen.append({**runs.batch_processor.scheduler.active_requests})
+            return found
+
+        monkeypatch.setattr(continuous_api, "drain_queue", paused)
+        assert looked.wait(10)
+        runs.add_request(given, "gone", max_new_tokens=400)
+        runs.cancel_request("gone")
+        going.set()
+        assert soon(lambda: "gone" not in runs.prompts)
+        assert given.images[0].users == 0
+        assert runs.blocks_in_use() == 0
+        assert sum("gone" in active for active in seen) <= 4, "two looks a step: it is not answered to its end"
+        assert results(runs, [prompt(*case)]) == [alone(*case)]
+
+
 def test_a_cache_too_small_for_all_at_once_changes_nothing():
     """Requests are set back and begin again with what they have said: text of prompts and answers keeps its place."""
     small = dataclasses.replace(SIZES, cache=256)
@@ -292,6 +376,21 @@ def test_a_cache_too_small_for_all_at_once_changes_nothing():
         prompts = [prompt(*case) for case in given]
         assert sum(len(one) + 40 for one in prompts) > small.cache
         assert results(runs, prompts, 40) == expected
+
+
+def test_a_full_cache_that_all_have_left_takes_new_ones():
+    """Upstream lets nobody new in until a request finishes, and none does."""
+    case = text(*chat(QUESTIONS[0])), [picture(0)], QUARTER
+    with engine(dataclasses.replace(SIZES, cache=96)) as (runs, prompt):
+        given = [prompt(text(*chat(QUESTIONS[n % 3])), [picture(n)], QUARTER) for n in range(6)]
+        for n, one in enumerate(given):
+            runs.add_request(one, f"gone {n}", max_new_tokens=60, eos_token_id=-1)
+        assert soon(lambda: runs.batch_processor is not None and runs.batch_processor.scheduler.block_new_requests)
+        with runs.pause():
+            for n in range(6):
+                runs.cancel_request(f"gone {n}")
+        assert soon(lambda: not runs.prompts)
+        assert results(runs, [prompt(*case)], 3) == [alone(*case, 3)]
 
 
 # -- the house ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -35,13 +40,16 @@ from serve_fixtures import (
     tiny,
 )
 from test_readme import SERVED, blocks
+from transformers.cli.serving.utils import CBStreamer
 
+from vtc.serve.alone import Solo
 from vtc.serve.encode import NOTHING, Pruned
 from vtc.serve.gate import Gate
 from vtc.serve.images import images
 from vtc.serve.limits import Limits
 from vtc.serve.metrics import Metrics
 from vtc.serve.request import read
+from vtc.serve.stops import Stops
 
 QUARTER = ("vtc-cls", 0.25)
 
@@ -112,6 +120,40 @@ def test_a_sampled_answer_is_alone(served):
     assert reply["usage"]["vtc"]["packed"] is False
 
 
+def test_a_temperature_that_is_all_but_nothing_is_greedy(served):
+    """Packed, and alone where something else asks for that."""
+    asked = [request(QUESTIONS[0], picture(0), temperature=1e-40, **more) for more in ({}, {"top_p": 0.9})]
+    replies = post(served, *asked, request(QUESTIONS[0], picture(0), temperature=1e-3))
+    assert [*map(content, replies[:2])] == [spoken(QUESTIONS[0], QUARTER, picture(0))] * 2
+    assert [reply.json()["usage"]["vtc"]["packed"] for reply in replies] == [True, False, False]
+
+
+def test_an_answer_ends_before_a_stop_string(served):
+    """Whole and streamed, where it spans two tokens, and where it only begins."""
+    answer = spoken(QUESTIONS[0], QUARTER, picture(0))
+    first, second, *_, last = answer.split()
+    stops = [second, f"{first} {second}", ["no such words", f"{first[-1]} {second[0]}"], f"{last} and more", []]
+    asked = [request(QUESTIONS[0], picture(0), stop=stop, stream=stream) for stop in stops for stream in (False, True)]
+    replies = post(served, *asked)
+    cut = [answer.partition(stop)[0] for stop in (second, f"{first} {second}", f"{first[-1]} {second[0]}")]
+    assert [*map(content, replies)] == [text for text in (*cut, answer, answer) for _ in (False, True)]
+    assert len({*cut, answer}) == 4
+    whole = [reply.json() for reply in replies[::2]]
+    assert [reply["choices"][0]["finish_reason"] for reply in whole] == [*["stop"] * 3, *["length"] * 2]
+    assert [reply["usage"]["completion_tokens"] < NEW for reply in whole] == [*[True] * 3, *[False] * 2]
+
+
+def test_pieces_that_may_become_a_stop_string_wait():
+    stops = Stops(["end", "and so"])
+    assert [stops.tell(piece) for piece in ("a", " e", "n", "t", "r an", "d ", "s", "i en", "d.")] == [
+        "", "a ", "", "ent", "r ", "", "", "and si ", ""
+    ]  # fmt: skip
+    assert stops.over
+    assert [stops.tell(""), stops.tell("more", last=True)] == ["", ""]
+    stops = Stops(["end"])
+    assert [stops.tell("an en"), stops.tell("", last=True), stops.over] == ["an ", "en", False]
+
+
 def test_a_budget_goes_down_with_the_load_and_up_again():
     with serving(Limits(waiting=9), budgets=(0.5, 0.25, 0.11)) as server:
         found = [server.spend()]
@@ -133,6 +175,16 @@ def png(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def damaged_exif(place: int, byte: int) -> str:
+    """A picture that says how it is turned, with a byte of its tags changed."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif.update({0x010F: "maker", 0x0112: 6, 0x011A: 72.0})
+    Image.new("L", (8, 8)).save(buffer, "JPEG", exif=exif)
+    content = bytearray(buffer.getvalue())
+    content[place] = byte
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
 def shows(*urls: str) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
@@ -142,8 +194,16 @@ BAD = {
     "no image": (400, shows("data:image/png;base64," + base64.b64encode(b"GIF? no").decode()), "not an image"),
     "no base64": (400, shows("data:image/png;base64,%%%"), "no base64"),
     "a damaged one": (400, shows(data_url(picture(0))[:-400]), "damaged|base64"),
+    "damaged tags": (400, shows(damaged_exif(65, 0)), "a damaged image"),
+    "tags of a wrong type": (400, shows(damaged_exif(67, 7)), "a damaged image"),
+    "half a character": (400, json.dumps(request("a \ud800")).encode(), "no Unicode text: surrogates not allowed at 2"),
+    "half a character for a name": (400, json.dumps(request("a") | {"\ud800": 1}).encode(), "a unicode string"),
+    "half a character of kind": (400, json.dumps(shows("x")).replace("image_url", "\\ud800", 1).encode(), "."),
+    "half a character to stop at": (400, json.dumps(request("a", stop="\udfff")).encode(), "stop.*[Uu]nicode"),
     "a bomb": (400, shows(png(9_000, 9_000)), "9000 x 9000 pixels"),
     "too many pixels together": (400, shows(png(90, 90), png(90, 90)), "1900 are left"),
+    "a strip": (400, shows(png(3000, 1)), "3000 x 1 pixels: one side is over 200"),
+    "a standing strip": (400, shows(png(1, 201)), "1 x 201 pixels: one side is over 200"),
     "too many images": (400, shows(*[png(1, 1)] * 3), "3 images"),
     "an address": (400, shows("http://127.0.0.1/x.png"), "fetches no URLs"),
     "a file": (400, shows("file:///etc/passwd"), "data URL"),
@@ -161,6 +221,10 @@ BAD = {
     "no budget": (400, request("a", picture(0), vtc={"method": "vtc-cls"}), "budget"),
     "unreachable budget": (400, request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}), "range is"),
     "budget above all": (400, request("a", picture(0), vtc={"budget": 1.5}), "budget"),
+    "a budget without bounds": (400, request("a", vtc={"budget": 10**400}), "less than or equal to 1000000"),
+    "too long a stop string": (400, request("a", stop="a" * 65), "stop.*at most 64 characters"),
+    "an empty stop string": (400, request("a", stop=[""]), "stop.*at least 1 character"),
+    "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),
     "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
     "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
     "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),
@@ -217,6 +281,68 @@ def test_addresses_are_public_ones():
         images(["http://[::1]/x.png"], Limits(urls=True))
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A server with a name, found once and taken for public, that sends what it is told to; and what it was asked."""
+    found, asked, sent = [], [], []
+    look_up = socket.getaddrinfo
+
+    def once(host, *args, **kwargs):
+        if host == "elsewhere.test":
+            found.append(host)
+            host = "127.0.0.1" if len(found) == 1 else "127.0.0.2"
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", once)
+    public = SimpleNamespace(ip_address=lambda address: SimpleNamespace(is_global=True))
+    monkeypatch.setattr("vtc.serve.images.ipaddress", public)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with listening.accept()[0] as client, suppress(OSError):
+                asked.append(client.recv(9999))
+                for part in sent:
+                    client.sendall(part)
+                    time.sleep(0.1 * (len(sent) > 1))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://elsewhere.test:{listening.getsockname()[1]}/x.png", asked, sent
+        thread.join(10)
+
+
+def fetched(url: str, limits: Limits) -> list[Image.Image]:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(images, [url], limits).result()
+
+
+def test_an_image_is_read_from_the_address_that_was_checked(elsewhere):
+    """A name that stands for another address when it is looked up again does not lead there."""
+    url, asked, sent = elsewhere
+    body = base64.b64decode(data_url(picture(0)).partition(",")[2])
+    sent.append(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    (image,) = fetched(url, Limits(urls=True, seconds=10))
+    assert image.tobytes() == picture(0).tobytes()
+    assert re.search(rb"(?i)\r\nhost: elsewhere.test:\d+\r\n", asked[0])
+
+
+@pytest.mark.parametrize("slow", ["head", "body"])
+def test_an_image_that_comes_by_the_byte_is_given_up(elsewhere, slow):
+    url, _, sent = elsewhere
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 60\r\n\r\n"
+    sent += [*map(bytes, zip(head, strict=True))] if slow == "head" else [head, *[b"x"] * 60]
+    with pytest.raises(ValueError, match=r"elsewhere.test was not here after 0.5 s"):
+        fetched(url, Limits(urls=True, seconds=0.5))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://8.8.8.8/\x01", "http://8.8.8.8/" + "a" * 70_000, "http://[::1", "http://" + "a" * 64 + ".org/"]
+)
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match="cannot be found"):
+        images([url], Limits(urls=True))
+
+
 def test_greedy_is_packed_and_only_greedy():
     messages = [{"role": "user", "content": "a"}]
     for more, packed in ({}, True), ({"temperature": 0}, True), ({"temperature": 1}, False), ({"stop": "a"}, False):
@@ -232,6 +358,90 @@ def test_images_that_have_no_room_now_are_told_to_come_again():
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         memory.release(kept)
         assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
+
+
+def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
+    """A text of more characters than any prompt before the tokenizer, one of more tokens before the tower."""
+    worked = []
+    tokenizer = type(served.chat.reading._beside.tokenizer)
+    monkeypatch.setattr(tokenizer, "__call__", lambda *args, **kwargs: worked.append("tokenizer") or {"input_ids": []})
+    (reply,) = post(served, request("color " * 3000, picture(0)))
+    assert (reply.status_code, worked) == (400, [])
+    assert re.search(r"a text of 180\d\d characters; this server holds 1024 tokens", reply.json()["error"]["message"])
+    monkeypatch.undo()
+    monkeypatch.setattr(served.tower, "submit", lambda *args: worked.append("tower"))
+    (reply,) = post(served, request("color " * 1020, picture(0)))
+    assert (reply.status_code, worked) == (400, [])
+    assert "this server holds 1024" in reply.json()["error"]["message"]
+
+
+def test_a_request_fills_the_blocks_of_the_cache_and_no_more():
+    """Of 62 tokens in blocks of 8 there are 56: the engine dies of a request that needs one more."""
+    with serving(sizes=replace(SIZES, cache=62)) as server:
+        prompt = post(server, request(QUESTIONS[0], max_tokens=1))[0].json()["usage"]["prompt_tokens"]
+        fits, does_not = (request(QUESTIONS[0], max_tokens=most - prompt) for most in (56, 57))
+        assert post(server, does_not)[0].json()["error"]["message"].endswith("this server holds 56")
+        assert post(server, fits)[0].json()["usage"]["total_tokens"] == 56
+
+
+def test_images_that_never_have_room_together_are_refused():
+    """Memory for 16 visual tokens, of which an image keeps 9: two are too much, unless they are one."""
+    with serving(sizes=replace(SIZES, remembered=16)) as server:
+        (refused,) = post(server, request(QUESTIONS[0], picture(0), picture(1)))
+        assert refused.status_code == 400
+        assert "images of 18 visual tokens together, and memory for 16" in refused.json()["error"]["message"]
+        (twice,) = post(server, request(QUESTIONS[0], picture(1), picture(1)))
+        assert content(twice) == spoken(QUESTIONS[0], QUARTER, picture(1), picture(1))
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1}], ids=["packed", "alone"])
+def test_who_leaves_before_the_first_part_is_answered_no_further(more, monkeypatch):
+    """Nothing of a stream runs, nor ends, before somebody asks for a part."""
+    solos: list[Solo] = []
+    monkeypatch.setattr("vtc.serve.chat.Solo", lambda *parts: solos.append(Solo(*parts)) or solos[-1])
+    with serving(Limits(new_tokens=900)) as server:
+        cancelled, cancel = [], server.engine.cancel_request
+        monkeypatch.setattr(server.engine, "cancel_request", lambda one: (cancelled.append(one), cancel(one)))
+
+        async def run() -> bool:
+            asked = request(QUESTIONS[0], picture(0), stream=True, **more) | {"max_tokens": 900}
+            await asyncio.create_task(server.chat.handle_request(asked, "its task ends here"))
+            return await asyncio.to_thread(
+                soon, lambda: not server.engine.prompts and not server.engine.blocks_in_use()
+            )
+
+        assert in_a_loop(run())
+        assert bool(cancelled) is not bool(solos)
+        assert all(solo.gone.is_set() for solo in solos)
+
+
+def test_a_stream_that_fails_says_why(served, monkeypatch):
+    """As OpenAI's do: an object of its own, and no [DONE] behind it."""
+
+    def broken(*model, **inputs):
+        raise RuntimeError('no "room"\nhere')
+
+    monkeypatch.setattr(type(served.chat.reading.model), "generate", broken)
+    (reply,) = post(served, request(QUESTIONS[0], picture(0), stream=True, temperature=1))
+    *_, last = [line for line in reply.text.splitlines() if line]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["type"]) == ('no "room"\nhere', "server_error")
+
+
+def test_an_answer_that_is_there_at_once_is_streamed(served, monkeypatch):
+    """Upstream says who is to be called once it has handed the request in, which may be answered by then."""
+    router, answered, begin = served.engine.output_router, [], CBStreamer.__init__
+    deliver = router.deliver_batch
+    monkeypatch.setattr(router, "deliver_batch", lambda outputs: (deliver(outputs), answered.extend(outputs)))
+    monkeypatch.setattr(CBStreamer, "__init__", lambda *args, **more: soon(lambda: answered) and begin(*args, **more))
+
+    async def run() -> str:
+        reply = await served.chat.handle_request(request(QUESTIONS[1], picture(0), stream=True, max_tokens=1), "x")
+        return "".join([part async for part in reply.body_iterator])
+
+    streamed = in_a_loop(asyncio.wait_for(run(), 20))
+    assert spoken(QUESTIONS[1], QUARTER, picture(0)).split()[0] in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
 
 
 # -- the gate -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from serve_fixtures import engine, soon
 from transformers.cli.serving import chat_completion, server, utils
 from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, requests, scheduler
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
+from transformers.generation.continuous_batching.utils import drain_queue
 
 Manager, Processor = continuous_api.ContinuousBatchingManager, continuous_api.ContinuousBatchProcessor
 Inputs, Handler = input_outputs.ContinuousBatchingIOs, chat_completion.ChatCompletionHandler
@@ -23,6 +24,7 @@ SIGNATURES = {
     Inputs.prepare_batch_tensors: "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens "
     "max_kv_read use_padding",
     cache_allocator.compute_block_hash: "parent_hash tokens",
+    drain_queue: "q",
     utils.CBGenerateManager.generate_streaming: "self model processor inputs gen_config request_id response_parser",
     utils.CBGenerateManager.generate_non_streaming: "self model processor inputs gen_config request_id",
     utils.BaseHandler.get_processor_inputs_from_messages: "messages modality",
@@ -50,6 +52,7 @@ def test_what_running_parts_hold():
         assert {*vars(inputs)} >= {"input_ids", "position_ids", "requests_in_batch", "prepare_batch_tensors"}
         assert isinstance(plan.active_requests, dict)
         assert isinstance(plan.waiting_requests, dict)
+        assert plan.block_new_requests is False
         assert isinstance(runs.output_router.result_handlers, dict)
         assert runs.output_router._lock
         assert runs.background_thread_status.fatal_error is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from vtc.wrapping import compressed
 
 
 class Solo:
-    """A model for one request: compressed while it generates, and silent once its client is gone."""
+    """A model for one request: compressed while it generates, silent after a stop string or once its client is gone."""
 
-    def __init__(self, model: Any, ticket: Ticket):
-        self.model, self.ticket = model, ticket
+    def __init__(self, model: Any, ticket: Ticket, decode: Callable[..., str]):
+        self.model, self.ticket, self.decode = model, ticket, decode
         self.gone = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -26,13 +27,17 @@ class Solo:
     def generate(self, **inputs: Any) -> Tensor:
         if self.gone.is_set():
             raise RuntimeError("the client is gone")
+        prompt, stops = inputs["input_ids"].shape[1], self.ticket.stops
         with compressed(self.model, *self.ticket.spend) as trace:
 
-            def gone(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            def over(ids: Tensor, scores: Any, **_: Any) -> Tensor:
                 if self.ticket.first is None:
                     self.ticket.first = time.perf_counter()
                     self.ticket.before, self.ticket.after = sum(trace.sizes), float(trace.average_tokens.sum())
-                return torch.full((len(ids),), self.gone.is_set(), device=ids.device)
+                ends = self.gone.is_set()
+                if stops.strings:
+                    ends |= stops.met(self.decode(ids[0, prompt:], skip_special_tokens=True))
+                return torch.full((len(ids),), ends, device=ids.device)
 
-            output: Tensor = self.model.generate(**inputs, stopping_criteria=[gone])
+            output: Tensor = self.model.generate(**inputs, stopping_criteria=[over])
         return output

@@ -77,7 +77,8 @@ class Server:
         self.tower = Tower(model, processor, memory, sizes.tower)
         self.engine = Engine(model, memory, batching(sizes))
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", sizes.cache)
-        reading = Reading(model, processor, self.tower, limits, min(sizes.cache, longest))
+        held = sizes.cache // sizes.page * sizes.page  # the engine has whole blocks
+        reading = Reading(model, processor, self.tower, limits, min(held, longest))
         self.chat = Chat(Models(name), State(Packed(self.engine)), reading, self.metrics)
         self.chat.default = self.spend
         self.app = Gate(_application(self.chat), limits, self.metrics)

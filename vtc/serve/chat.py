@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers.cli.serving.utils import GenerateManager
 from vtc.serve.alone import Solo
 from vtc.serve.encode import Alone, Spend
 from vtc.serve.engine import Packed, State
+from vtc.serve.gate import problem
 from vtc.serve.memory import Full
 from vtc.serve.metrics import Metrics
 from vtc.serve.reading import Picture, Reading
 from vtc.serve.request import Asked, read
+from vtc.serve.stops import Stops
 from vtc.serve.ticket import Ticket
 
 
@@ -43,9 +46,10 @@ class Chat(ChatCompletionHandler):
             asked, ticket = read(body), Ticket()
             if asked.model != self.model_manager.force_model:
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
-            ticket.spend = asked.spend(self.default())
+            ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stop or ())
             config = self._config(asked)
-            text, ids = self.reading.text(asked)
+            text, ids = await self.reading.text(asked)
+            self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
             pictures = await self.reading.pictures(asked)
             if self.why_alone is None and asked.packed:
                 try:
@@ -65,10 +69,10 @@ class Chat(ChatCompletionHandler):
             raise ValueError(f"max_tokens: {new}; this server answers with {most} at most")
         config = copy.deepcopy(self.reading.model.generation_config)
         config.max_new_tokens, config.max_length, config.num_beams = new or most, None, 1
-        config.do_sample = bool(asked.temperature)
-        if asked.temperature:
+        config.do_sample = asked.sampled
+        if asked.sampled:
             config.temperature, config.top_p = asked.temperature, asked.top_p
-        config.stop_strings = asked.stop
+        config.stop_strings = None  # those of a request are in its ticket
         return config
 
     async def _packed(
@@ -84,7 +88,7 @@ class Chat(ChatCompletionHandler):
             inputs = {"input_ids": ids, "prompt": prompt}
             parts = (self.reading.model, self.reading.processor, asked.model, inputs, config, self.packed)
             if asked.stream:
-                return self._streamed(ticket, *parts)
+                return self._streamed(lambda: self.packed.engine.cancel_request(ticket), ticket, *parts)
             return await self._non_streaming(ticket, *parts)
         except BaseException:
             self.packed.engine.cancel_request(ticket)
@@ -94,13 +98,13 @@ class Chat(ChatCompletionHandler):
         self, asked: Asked, ticket: Ticket, config: GenerationConfig, text: str, pictures: list[Picture]
     ) -> StreamingResponse | JSONResponse:
         inputs = await self.reading.inputs(text, pictures)
-        solo: Any = Solo(self.reading.model, ticket)
+        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode)
         ticket.packed, ticket.prompt_tokens = False, inputs["input_ids"].shape[1]
         ticket.before = ticket.after = 0
         self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
         parts = (solo, self.reading.processor, asked.model, inputs, config, self.alone)
         if asked.stream:
-            return self._streamed(ticket, *parts)
+            return self._streamed(solo.gone.set, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
             return await asyncio.shield(whole)
@@ -109,32 +113,51 @@ class Chat(ChatCompletionHandler):
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
 
-    def _streamed(self, *parts: Any) -> StreamingResponse:
+    def _streamed(self, over: Callable[[], None], *parts: Any) -> StreamingResponse:
+        """`over` is called when the reply has ended, also where its client left before the first part was asked for."""
         response = self._streaming(*parts)
+        if (task := asyncio.current_task()) is not None:
+            task.add_done_callback(lambda _: over())
         response.body_iterator = _with_end(response.body_iterator)  # type: ignore[arg-type]
         return response
 
     # -- replies --------------------------------------------------------------------------------------------------
 
-    def _build_completion(self, request_id: str, *args: Any, **kwargs: Any) -> dict:
-        return super()._build_completion(request_id, *args, **self._told(request_id, kwargs))
+    def _build_completion(self, request_id: str, content: str, *args: Any, **kwargs: Any) -> dict:
+        reply = self._told(request_id, {"content": content, **kwargs})
+        return super()._build_completion(request_id, reply.pop("content"), *args, **reply)
 
     def _build_chunk_sse(self, request_id: str = "", *args: Any, **kwargs: Any) -> str:
         return super()._build_chunk_sse(request_id, *args, **self._told(request_id, kwargs))
 
     def _told(self, ticket: str, reply: dict[str, Any]) -> dict[str, Any]:
-        """What a reply is made of, with more in its usage where it is the last part."""
-        if (usage := reply.get("usage")) is None or not isinstance(ticket, Ticket):
+        """What a reply is made of: without stop strings, and with more in its usage where it is the last part."""
+        if not isinstance(ticket, Ticket):
+            return reply
+        usage, content, stops = reply.get("usage"), reply.get("content"), ticket.stops
+        if stops.strings and (usage or content):
+            reply = {**reply, "content": stops.tell(content or "", last=usage is not None)}
+        if usage is None:
             return reply
         self.metrics.answered(ticket, usage.completion_tokens)
-        return {**reply, "usage": ticket.usage(usage)}
+        return {**reply, "usage": ticket.usage(usage), **({"finish_reason": "stop"} if stops.over else {})}
+
+
+FAILED = 'data: {"error": "'
+"""How upstream's chunk of an error begins, with the text as it is; in JSON, text has no quotation mark of this kind."""
 
 
 async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    """With the line that ends a stream for OpenAI's clients."""
+    """With the line that ends a stream for OpenAI's clients, or an error as they read it."""
     try:
         async for chunk in chunks:
-            yield chunk
+            before, failed, why = chunk.partition(FAILED)
+            if before:
+                yield before
+            if failed:
+                error = problem(500, why.removesuffix('"}\n\n'))
+                yield f"data: {json.dumps(error)}\n\n"
+                return
         yield "data: [DONE]\n\n"
     finally:
         await chunks.aclose()  # type: ignore[attr-defined]

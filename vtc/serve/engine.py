@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerationState
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import drain_queue
 
 from vtc.core.patch import Patch, around
 from vtc.serve.limits import Sizes
@@ -88,15 +89,22 @@ class Engine(ContinuousBatchingManager):
         return processor
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        leaving = [self._leaving.popleft() for _ in range(len(self._leaving))]  # those whose cancellation is seen below
         goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler
-        for _ in range(len(self._leaving)):
-            request = self._leaving.popleft()
+        if not scheduler.active_requests:  # a full cache lets nobody new in until one finishes: all may have left
+            scheduler.block_new_requests = False
+        for request in leaving:
             if request in scheduler.active_requests or request in scheduler.waiting_requests:
-                self._leaving.append(request)
+                self.cancel_request(request)  # upstream looks at what is new first: both came between its two looks
             elif (prompt := self.prompts.pop(request, None)) is not None:
                 for kept in prompt.images:
                     self._memory.release(kept)
+        if leaving:  # what a step still had for them, nobody reads
+            unread = self.output_router.output_queue
+            for output in drain_queue(unread):
+                if output.request_id in self.prompts:
+                    unread.put(output)
         return goes_on
 
     def _prepare(self, inputs: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -105,14 +113,13 @@ class Engine(ContinuousBatchingManager):
         positions, start = [], 0
         for future in inputs.requests_in_batch:
             end, count = start + future.query_length, future.state.position_offset
-            past, prompt = count - future.query_length, self.prompts.get(future.state.request_id)
-            shift = 0 if prompt is None else prompt.shift
-            if prompt is not None and past < len(prompt.ids):
+            past, prompt = count - future.query_length, self.prompts[future.state.request_id]
+            if past < len(prompt.ids):
                 read = prompt.read[past:count]
                 inputs.input_ids[start : start + len(read)] = read.to(inputs.input_ids.device)
                 positions.append(prompt.positions[past:count])
                 past += len(read)
-            positions.append(torch.arange(past + shift, count + shift, dtype=torch.int32))
+            positions.append(torch.arange(past + prompt.shift, count + prompt.shift, dtype=torch.int32))
             start = end
         inputs.position_ids[:start] = torch.cat(positions).to(inputs.position_ids.device)
 
@@ -153,6 +160,13 @@ class Packed(CBGenerateManager):
         self._cb = self.engine = engine
 
     def generate_streaming(self, model: Any, processor: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        handlers, request = self.engine.output_router.result_handlers, kwargs["request_id"]
+
+        def delivered(output: GenerationOutput) -> None:  # in the loop, where it is known by then who is to be called
+            if request in handlers:
+                handlers[request][0](output)
+
+        self.engine.register_result_handler(request, delivered)  # upstream does so once the engine may have answered
         return super().generate_streaming(model, processor, {"input_ids": inputs["prompt"]}, *args, **kwargs)
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:

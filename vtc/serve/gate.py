@@ -106,6 +106,7 @@ class Gate:
 
 def problem(status: int, why: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
+    why = why.encode(errors="backslashreplace").decode()  # it may name what the client sent
     kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
     return {"error": {"message": why, "type": kind, "param": None, "code": status}}
 

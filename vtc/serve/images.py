@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
 import ipaddress
 import re
 import socket
-from urllib.parse import urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtc.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+NARROW = 200
+"""How many times its shorter side the longer one of an image is at most, as with Qwen-VL's processors: others bring the
+shorter side to a size of theirs, and a strip takes all memory."""
 
 
 def images(urls: list[str], limits: Limits) -> list[Image.Image]:
@@ -45,28 +48,39 @@ def _content(url: str, limits: Limits) -> bytes:
 
 
 def _fetched(url: str, limits: Limits) -> bytes:
-    """What stands at a public address, without redirections."""
+    """What stands at a public address, without redirections, read from the very address that was found to be public."""
     import httpx
 
-    host = urlsplit(url).hostname or ""
     try:
-        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise ValueError(f"{host} cannot be found: {error}") from None
+        at = httpx.URL(url)
+        host = at.raw_host.decode()
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
+    except (OSError, UnicodeError, httpx.InvalidURL) as error:
+        raise ValueError(f"{url[:100]} cannot be found: {error}") from None
     if not all(ipaddress.ip_address(address).is_global for address in addresses):
         raise ValueError(f"{host} is no public address")
-    content = b""
-    try:
-        with httpx.stream("GET", url, timeout=limits.seconds, follow_redirects=False) as response:
+
+    async def read() -> bytes:
+        content, headers, extensions = b"", {"host": at.netloc.decode()}, {"sni_hostname": host}
+        async with (
+            asyncio.timeout(limits.seconds),
+            httpx.AsyncClient(timeout=None, trust_env=False) as client,
+            client.stream("GET", at.copy_with(host=addresses[0]), headers=headers, extensions=extensions) as response,
+        ):
             if response.status_code != 200:
                 raise ValueError(f"{host} answers {response.status_code}")
-            for chunk in response.iter_bytes():
+            async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > limits.body:
                     raise ValueError(f"the image at {host} has more than {limits.body} bytes")
+        return content
+
+    try:
+        return asyncio.run(read())
+    except TimeoutError:
+        raise ValueError(f"the image at {host} was not here after {limits.seconds:g} s") from None
     except httpx.HTTPError as error:
         raise ValueError(f"{host} cannot be read: {error}") from None
-    return content
 
 
 def _decoded(content: bytes, pixels: int) -> Image.Image:
@@ -74,11 +88,13 @@ def _decoded(content: bytes, pixels: int) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > pixels:  # known from the header
                 raise ValueError(f"an image of {image.width} x {image.height} pixels where {pixels} are left to use")
+            if max(image.size) > NARROW * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: one side is over {NARROW} times the other")
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not an image: {', '.join(FORMATS)} are read") from None
-    except Image.DecompressionBombError as error:
+    except (ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
-    except (OSError, SyntaxError, EOFError, OverflowError) as error:  # Pillow raises SyntaxError for broken PNG files
+    except Exception as error:  # Pillow raises anything: SyntaxError for PNG files, struct.error and TypeError for EXIF
         raise ValueError(f"a damaged image: {error}") from None

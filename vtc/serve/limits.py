@@ -29,7 +29,7 @@ class Sizes:
     """What the engine holds."""
 
     cache: int = 16_384
-    """Tokens of the paged KV cache."""
+    """Tokens of the paged KV cache, in whole blocks."""
     page: int = 16
     """Tokens of one of its blocks; only whole blocks are shared."""
     batch: int = 1024

@@ -20,6 +20,10 @@ from vtc.serve.encode import Pruned
 class Full(Exception):
     """No room: the images of running requests fill the memory."""
 
+    def __init__(self, rows: int):
+        super().__init__(f"{rows} visual tokens do not fit beside those of running requests")
+        self.rows = rows
+
 
 @dataclass(eq=False)
 class Kept:
@@ -78,7 +82,7 @@ class Memory:
                     break
                 self._free += self._images.pop(old).slots.tolist()
             if len(self._free) < len(rows):
-                raise Full(f"{len(rows)} visual tokens do not fit beside those of running requests")
+                raise Full(len(rows))
             if self._next >= 2**31:
                 raise RuntimeError("two billion images have used up all virtual ids: start the server anew")
             slots = [self._free.pop() for _ in range(len(rows))]

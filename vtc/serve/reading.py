@@ -16,7 +16,7 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 from vtc.serve.encode import NOTHING, Alone, Spend, prune
 from vtc.serve.images import images as open_images
 from vtc.serve.limits import Limits
-from vtc.serve.memory import Kept, Memory
+from vtc.serve.memory import Full, Kept, Memory
 from vtc.serve.prompt import Prompt
 from vtc.serve.request import Asked
 from vtc.serve.tower import Tower
@@ -32,8 +32,10 @@ class Reading:
         """`context`: tokens of a prompt and its answer."""
         self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
         self.memory: Memory = tower.memory
-        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for the threads that make `inputs`
+        self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for other threads
         self.placeholder: int = tower.adapter.image_token_id
+        self.characters = context * max(map(len, processor.tokenizer.get_vocab()))
+        """Of a text: `context` times those of the longest token."""
 
     async def pictures(self, asked: Asked) -> list[Picture]:
         """Raises ValueError for what is no image, or too much of it."""
@@ -43,15 +45,22 @@ class Reading:
 
         return await asyncio.to_thread(opened)
 
-    def text(self, asked: Asked) -> tuple[str, list[int]]:
-        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, too."""
+    async def text(self, asked: Asked) -> tuple[str, list[int]]:
+        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, or is too long."""
         messages = [message.model_dump(exclude_none=True) for message in asked.messages]
         try:
             chat = BaseHandler.get_processor_inputs_from_messages(messages, Modality.VLM)
             text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
         except TemplateError as error:
             raise ValueError(f"messages: this model's chat template says: {error}") from None
-        ids = self.processor.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
+        if len(text) > self.characters:
+            raise ValueError(f"a text of {len(text)} characters; this server holds {self.context} tokens")
+
+        def tokenized() -> list[int]:
+            with self._lock:
+                return self._beside.tokenizer(text, add_special_tokens=self._begins(text))["input_ids"]
+
+        ids = await asyncio.to_thread(tokenized)  # others are answered meanwhile
         if ids.count(self.placeholder) != len(asked.urls):
             token = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder)
             raise ValueError(f"messages: {token} stands for an image in this model's prompts, and is no text")
@@ -66,12 +75,27 @@ class Reading:
         """Images through the tower, and the prompt around them. Raises Alone, `Full`, ValueError."""
         futures = [self.tower.submit(image, digest, spend) for image, digest in pictures]
         try:
-            kept = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            kept = self._all(pictures, found)
         except BaseException:
             for future in futures:
                 future.add_done_callback(self._give_back)
             raise
         return Prompt.of(ids, self.placeholder, kept, self.memory.vocabulary)
+
+    def _all(self, pictures: Sequence[Picture], found: Sequence[Kept | BaseException]) -> list[Kept]:
+        """Raise what was in the way of one; ValueError where there is never room for all of them."""
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, Full):
+                raise error
+        kept, room = [one for one in found if isinstance(one, Kept)], len(self.memory.rows)
+        full = {digest: one for (_, digest), one in zip(pictures, found, strict=True) if isinstance(one, Full)}
+        total = sum(len(one.slots) for one in {*kept}) + sum(one.rows for one in full.values())
+        if full and total > room:
+            raise ValueError(f"images of {total} visual tokens together, and memory for {room}: lower the budget")
+        for error in full.values():
+            raise error
+        return kept
 
     def _give_back(self, future: Future[Kept]) -> None:
         if not future.cancelled() and future.exception() is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
@@ -31,9 +31,21 @@ class _Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
 
+def _encodable(given: str) -> str:
+    """JSON may have half of a surrogate pair, and a tokenizer takes none."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no Unicode text: {error.reason} at {error.start}") from None
+    return given
+
+
+Words = Annotated[str, AfterValidator(_encodable)]
+
+
 class Text(_Strict):
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Address(_Strict):
@@ -49,8 +61,11 @@ class Picture(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], Field(min_length=1)]
-    name: str | None = None
+    content: Words | Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], Field(min_length=1)]
+    name: Words | None = None
+
+
+Tokens = Annotated[int, Field(ge=1, le=10**6, strict=True)]
 
 
 class Compress(_Strict):
@@ -58,13 +73,20 @@ class Compress(_Strict):
 
     method: str | None = None
     """A name out of `vtc methods`, or "none" for all visual tokens."""
-    budget: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    budget: Tokens | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Visual tokens per image averaged over the decoder layers, or a fraction."""
 
 
 class StreamOptions(_Strict):
     include_usage: bool = True
     include_obfuscation: bool = False
+
+
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_encodable)]
 
 
 class Asked(_Strict):
@@ -77,16 +99,21 @@ class Asked(_Strict):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """None and 0: greedy."""
+    """None and below 0.001: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_listed)] | None = None
     n: Literal[1] = 1
     user: str | None = None
 
     @property
+    def sampled(self) -> bool:
+        """A temperature that is all but 0 is taken for it: divided by it, logits are no numbers any more."""
+        return self.temperature is not None and self.temperature >= 1e-3
+
+    @property
     def packed(self) -> bool:
         """Whether the answer is greedy and ends where the model ends it: only those share batches."""
-        return not self.temperature and self.top_p in (None, 1.0) and not self.stop
+        return not self.sampled and self.top_p in (None, 1.0) and not self.stop
 
     @property
     def urls(self) -> list[str]:
@@ -115,5 +142,6 @@ def read(body: dict[str, Any]) -> Asked:
     try:
         return Asked.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        all_ = error.errors(include_url=False, include_input=False)
+        told = max(all_, key=lambda one: len(one["loc"]))  # of what may be this or that, the one that came further
+        raise ValueError(f"{'.'.join(map(str, told['loc']))}: {told['msg']}") from None

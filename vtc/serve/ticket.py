@@ -9,6 +9,7 @@ from typing import Any
 from openai.types.completion_usage import CompletionUsage
 
 from vtc.serve.encode import Spend
+from vtc.serve.stops import Stops
 
 
 class Ticket(str):
@@ -24,10 +25,11 @@ class Ticket(str):
     """Those that a decoder layer read of them, averaged over the layers."""
     first: float | None
     """When the first token was there."""
+    stops: Stops
 
     def __new__(cls) -> Ticket:
         ticket = super().__new__(cls, f"chatcmpl-{uuid.uuid4().hex}")
-        ticket.start, ticket.first = time.perf_counter(), None
+        ticket.start, ticket.first, ticket.stops = time.perf_counter(), None, Stops()
         return ticket
 
     start: float

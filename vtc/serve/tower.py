@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -14,6 +15,9 @@ from PIL.Image import Image
 import vtc.adapter as adapters
 from vtc.serve.encode import Alone, Pruned, Spend, prune
 from vtc.serve.memory import Kept, Memory
+
+REASONS = 1000
+"""How many methods with budgets are remembered that cannot be packed: clients name what they like."""
 
 
 class Tower:
@@ -25,7 +29,7 @@ class Tower:
         self.adapter = adapters.find(model)
         self.runs = 0
         """How often images went through the tower."""
-        self._reasons: dict[Spend, str] = {}
+        self._reasons: OrderedDict[Spend, str] = OrderedDict()
         self._waiting: dict[Hashable, list[Future[Kept]]] = {}
         self._jobs: queue.SimpleQueue[tuple[Hashable, Image, Spend] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -71,7 +75,10 @@ class Tower:
             found = prune(self.model, self.adapter, self.processor, [image for _, image in images], spend)
         except Exception as error:
             if isinstance(error, Alone):
-                self._reasons[spend] = str(error)
+                with self._lock:
+                    self._reasons[spend] = str(error)
+                    if len(self._reasons) > REASONS:
+                        self._reasons.popitem(last=False)
             elif len(images) > 1:  # of these one may be at fault
                 for image in images:
                     self._prune([image], spend)
@@ -83,14 +90,14 @@ class Tower:
             self._remember(key, pruned)
 
     def _remember(self, key: Hashable, pruned: Pruned) -> None:
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 kept = self.memory.add(key, pruned)
-            except Exception as error:
-                return self._fail(key, error)
-            futures = self._waiting.pop(key)
-            for _ in futures[1:]:
-                self.memory.find(key)
+                futures = self._waiting.pop(key)
+                for _ in futures[1:]:
+                    self.memory.find(key)
+        except Exception as error:
+            return self._fail(key, error)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_result(kept)
@@ -99,6 +106,8 @@ class Tower:
         return None
 
     def _fail(self, key: Hashable, error: Exception) -> None:
-        for future in self._waiting.pop(key, []):
+        with self._lock:
+            futures = self._waiting.pop(key, [])
+        for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
