@@ -81,6 +81,29 @@ def test_a_cache_cropped_into_the_images_is_refused(llava):
             llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("setting", ["tally", "vtc-cls", "fastv-early"])
+@torch.no_grad()
+def test_a_pruned_cache_is_refused_by_a_model_that_is_not_wrapped(llava, setting):
+    """It would lose the weights of keys, or misread what layers hold. A cache that holds everything goes on."""
+    inputs, step = prompt(llava, (1, 2)), {"input_ids": torch.tensor([[7], [9]])}
+    padded = step | {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}
+    with vtc.compressed(llava, *METHODS[setting]):
+        cache = llava(**inputs).past_key_values
+        expected = llava(**padded, past_key_values=copy.deepcopy(cache)).logits
+    for call in (step, padded, {"input_ids": torch.tensor([[7, 8], [9, 8]])}):
+        with pytest.raises(RuntimeError, match="wrap the model again"):
+            llava(**call, past_key_values=cache)
+    with vtc.compressed(llava, *METHODS[setting]):
+        assert torch.equal(llava(**padded, past_key_values=cache).logits, expected)
+    with pytest.raises(RuntimeError, match="wrap the model again"):
+        llava(**step, past_key_values=cache)
+    whole = llava(**inputs).past_key_values
+    with vtc.compressed(llava, METHODS[setting][0], 1.0):
+        cache = llava(**inputs).past_key_values
+    got, bare = (llava(**padded, past_key_values=one).logits for one in (cache, whole))
+    assert torch.equal(got, bare)
+
+
 # -- kinds of caches -----------------------------------------------------------------------------------------------
 
 
