@@ -16,6 +16,7 @@ from table import parametrize as pytest_generate_tests  # noqa: F401
 from transformers import DynamicCache, StaticCache
 
 import vtc
+import vtc.adapter as adapters
 from vtc.methods.vtc_cls import VtcCls
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
@@ -541,6 +542,42 @@ def test_after_an_exception_the_trace_is_of_the_last_call_that_ended(model, meth
         assert len(model.vtc.trace.tokens_per_layer) == 1
     logits(model, second)
     assert len(model.vtc.trace.kept()) == 2
+
+
+@pytest.mark.parametrize("generates", [False, True], ids=["forward", "generate"])
+@each_site
+def test_ctrl_c_leaves_nothing_behind(model, method, generates):
+    """It is no `Exception`: torch's own hooks behind a module do not hear of it."""
+    inputs, decoder = prompt(model, (2, 1)), adapters.find(model).decoder
+    states = torch.randn(1, 5, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        bare = decoder(inputs_embeds=states).last_hidden_state
+    vtc.wrap(model, *method)
+    expected, text = logits(model, inputs), model.generate(**inputs, **GREEDY)
+    kept = model.vtc.trace.kept()
+
+    def interrupted():
+        handle = oracle.layers(model)[4].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **GREEDY) if generates else logits(model, inputs)
+        handle.remove()
+
+    interrupted()
+    assert torch.equal(logits(model, inputs), expected)
+    assert all(map(torch.equal, model.vtc.trace.kept(), kept))
+    interrupted()
+    assert torch.equal(model.generate(**inputs, **GREEDY), text)
+    interrupted()
+    with torch.no_grad():
+        assert torch.equal(decoder(inputs_embeds=states).last_hidden_state, bare)
+    thread = threading.Thread(target=vtc.unwrap, args=(model,), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert "vtc" not in vars(model)
 
 
 def test_a_prefix_of_embeddings(llava):
