@@ -187,7 +187,8 @@ class Hooks(InForce):
         if skips:  # what would stand there is not the tower's last state
             outputs = type(outputs)(**{name: x for name, x in outputs.items() if name != "last_hidden_state"})
         seen = Clock.now(self.model.device)
-        images = self._encoded(compression, record, call, outputs.pooler_output)
+        with torch.autocast(self.model.device.type, enabled=False):
+            images = self._encoded(compression, record, call, outputs.pooler_output)
         passages = [("vision", start, seen), ("score", seen, Clock.now(self.model.device))]
         outputs["vtc"] = Encoding(images, len(outputs.pooler_output), passages)  # an entry outlives moves to a device
         return outputs
