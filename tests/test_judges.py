@@ -51,6 +51,31 @@ def hide(inputs: dict, what: str) -> dict:
     return {**inputs, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
+def test_prompts_that_share_a_row_are_refused(name, setting):
+    """Without mask and cache transformers tells them apart by their positions, as padding-free collators give them."""
+    model, (first, second) = FAMILIES[name].model, rows(FAMILIES[name].model, (1, 0))
+
+    def packed(*parts):
+        inputs = batch(model, [sum(parts[1:], start=parts[0])]) | {"use_cache": False}
+        del inputs["attention_mask"]
+        positions = torch.cat([torch.arange(len(part.ids)) for part in parts])[None]
+        return inputs | {"position_ids": positions if name == "llava" else positions.expand(4, 1, -1)}
+
+    inputs, start = packed(first, second), len(first.ids)
+    other = inputs | {"input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, start - 2] = 5
+    bare = logits(model, inputs)
+    assert torch.equal(logits(model, other)[:, start:], bare[:, start:])
+    with vtc.compressed(model, *METHODS[setting]):
+        with pytest.raises(ValueError, match="pack several prompts into one row"):
+            logits(model, inputs)
+        assert logits(model, packed(first)).isfinite().all()
+    with vtc.compressed(model, METHODS[setting][0], 1.0):
+        assert torch.equal(logits(model, inputs), bare)
+
+
 def placed(model, inputs: dict) -> dict:
     """With positions along the line, as generate() gives them; also in three axes, where transformers cannot number
     a prompt whose images are hidden."""
