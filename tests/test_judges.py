@@ -447,6 +447,25 @@ def test_rows_of_a_cache_take_their_state_along(name, setting, change, unwrapped
         torch.testing.assert_close(one, other[order], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+@pytest.mark.parametrize("method", ["tally", "vtc-cls", "fastv", "snapkv", "mikv", "tokenselect"])
+@torch.no_grad()
+def test_a_cache_that_is_written_down_goes_on(llava, method, budget):
+    inputs, steps = prompt(llava, (2, 1)), torch.tensor([[7, 8], [9, 10]])
+    vtc.wrap(llava, method, budget)
+    cache = llava(**inputs).past_key_values
+    others, seconds = [write(cache) for write in COPIES.values()], cache.vtc.trace.seconds
+
+    def decoded(cache):
+        return [llava(input_ids=steps[:, n : n + 1], past_key_values=cache).logits for n in range(2)]
+
+    expected = decoded(cache)
+    for other in others:
+        assert type(other) is type(cache)
+        assert other.vtc.trace.seconds == pytest.approx(seconds)
+        assert all(map(torch.equal, decoded(other), expected))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("setting", PRUNING)
 def test_a_cache_that_is_reset_is_new(llava, setting, kind):

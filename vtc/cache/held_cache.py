@@ -55,6 +55,10 @@ class HeldCache(transformers.Cache):
         rows = torch.arange(len(self.vtc.layers[0].place))
         self.vtc = self.vtc.rows(rows.repeat_interleave(repeats))
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made on the way, and nowhere to be found by name."""
+        return _empty, (type(self).__bases__[1],), vars(self)
+
     def reset(self) -> None:
         super().reset()
         del self.vtc, self.rests, self.awake
@@ -64,6 +68,10 @@ class HeldCache(transformers.Cache):
 @memoised
 def _held(kind: Any) -> Any:
     return type(kind.__name__, (HeldCache, kind), {})
+
+
+def _empty(kind: Any) -> Any:
+    return object.__new__(_held(kind))
 
 
 def attach(cache: Any, state: Any) -> None:
