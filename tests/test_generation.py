@@ -81,6 +81,38 @@ def test_a_cache_cropped_into_the_images_is_refused(llava):
             llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_a_crop_reaches_back_to_a_hole_in_the_text(llava):
+    """Which later layers do not hold, so that the same number of keys would be other tokens there."""
+    inputs = prompt(llava)
+    inputs["attention_mask"][0, -3] = 0
+    vtc.wrap(llava, vtc.FastV(layer=3), 0.7)
+    outputs = llava(**inputs)
+    for count in (2, 4):
+        cache = copy.deepcopy(outputs.past_key_values)
+        cache.crop(-count)
+        again = {"input_ids": inputs["input_ids"][:, -count:], "attention_mask": inputs["attention_mask"]}
+        if count == 2:
+            got = llava(**again, past_key_values=cache).logits
+            torch.testing.assert_close(got, outputs.logits[:, -2:])
+            continue
+        with pytest.raises(RuntimeError, match="cropped by the 2 tokens"):
+            llava(**again, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_crop_goes_behind_the_padding_of_another_row(llava):
+    long, short = rows(llava, (1, 0))
+    short.ids = short.ids[-4:]
+    inputs = batch(llava, [long, short])
+    vtc.wrap(llava, vtc.FastV(layer=3), 0.7)
+    outputs = llava(**inputs)
+    outputs.past_key_values.crop(-8)
+    again = {"input_ids": inputs["input_ids"][:, -8:], "attention_mask": inputs["attention_mask"]}
+    got, real = llava(**again, past_key_values=outputs.past_key_values).logits, inputs["attention_mask"][:, -8:] > 0
+    torch.testing.assert_close(got[real], outputs.logits[:, -8:][real])
+
+
 @pytest.mark.parametrize("setting", ["tally", "vtc-cls", "fastv-early"])
 @torch.no_grad()
 def test_a_pruned_cache_is_refused_by_a_model_that_is_not_wrapped(llava, setting):
