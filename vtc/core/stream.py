@@ -93,7 +93,8 @@ class Stream:
 
     def seen(self, needs: Sequence[Need]) -> Seen:
         """What score and select functions get."""
-        return Seen({need: self.rows[need] for need in needs}, self.alive, self.index, self.grids)
+        shown = [image.shown for image in self.images]
+        return Seen({need: self.rows[need] for need in needs}, self.alive, self.index, self.grids, shown)
 
     @property
     def batch_rows(self) -> list[int]:
