@@ -475,7 +475,11 @@ def test_a_later_mask_cannot_hide_what_a_pruned_cache_holds(setting):
             got = model(input_ids=word, attention_mask=gone, past_key_values=copy.deepcopy(cache)).logits
             assert torch.equal(got, expected)
         with pytest.raises(ValueError, match="start again from the prompt"):
-            model(input_ids=word, attention_mask=held, past_key_values=cache)
+            model(input_ids=word, attention_mask=held, past_key_values=copy.deepcopy(cache))
+        ids = torch.cat((inputs["input_ids"], word), dim=1)  # of which generate() reads the last one first
+        model.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
+        with pytest.raises(ValueError, match="start again from the prompt"):
+            model.generate(ids, attention_mask=held, past_key_values=cache, **GREEDY)
 
 
 def test_a_hook_that_is_half_on_does_not_meet_another_threads_call(llava):

@@ -46,6 +46,10 @@ class Call:
         """Whether generate() makes this call."""
         return self.prompt is not None
 
+    def decodes(self, seen: int, length: int) -> bool:
+        """Whether this is one of generate()'s own steps: `length` positions behind `seen` ones."""
+        return self.prompt is not None and length == 1 and seen >= self.prompt
+
     def ahead(self, total: int) -> int:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
         answer to be rated."""

@@ -72,7 +72,7 @@ class Forward:
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
-        if before is not None and not (call.generates and length == 1):  # generate() makes the masks of its steps
+        if before is not None and not call.decodes(past.seen, length):  # generate() makes the masks of its steps
             past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
