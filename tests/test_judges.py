@@ -305,6 +305,14 @@ def test_a_thread_that_chose_nothing_is_refused(llava):
     assert torch.equal(run(lambda: llava.generate(**inputs, **GREEDY))[0], bare)
 
 
+def test_text_of_a_thread_that_chose_nothing_is_read_as_ever(llava):
+    inputs = prompt(llava, (0,))
+    bare = llava.generate(**inputs, **GREEDY)
+    with vtc.compressed(llava, "fastv", 0.4):
+        for call in (lambda: llava.generate(**inputs, **GREEDY), lambda: llava.generate(inputs["input_ids"], **GREEDY)):
+            assert torch.equal(run(call)[0], bare)
+
+
 @pytest.mark.parametrize("change", ["unwrap", "wrap anew"])
 def test_changes_wait_for_a_generation_of_another_thread(llava, change):
     inputs = prompt(llava)

@@ -118,7 +118,7 @@ class Hooks(InForce):
             warnings.warn("a pruned model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
             kwargs["compile_config"] = copy.copy(config)
             kwargs["compile_config"].fullgraph = False
-        with self.generating(prompt_length(args, kwargs)):
+        with self.generating(prompt_length(args, kwargs), sees(kwargs)):
             return original(*args, **kwargs)
 
     def _steps_rest(self, kwargs: dict[str, Any]) -> bool:
