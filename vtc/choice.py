@@ -66,7 +66,8 @@ def by_head(select: Callable[[Tensor, Seen, Tensor], Choice], scores: Tensor, se
         return select(scores, seen, keep)
     images, heads, _ = scores.shape
     valid, index, number = (x.repeat_interleave(heads, dim=0) for x in (seen.valid, seen.index, keep))
-    parts, shown = ([x for x in facts for _ in range(heads)] for facts in (seen.parts, seen.shown))
+    parts = [grids for grids in seen.parts for _ in range(heads)]
+    shown = [count for count in seen.shown for _ in range(heads)]
     choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts, shown), number)
     if choice.bits is not None:
         return Choice(seen.valid, bits=choice.bits.view(images, heads, -1))
