@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from eval_fixtures import read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
-from models import FAMILIES, prompt
+from models import FAMILIES, prompt, visual
 from PIL import Image
 from table import SHAPE
 from test_promises import accounts_for_every_token
@@ -137,6 +137,19 @@ def test_the_cut_is_the_power_of_the_share(power):
         scores = second.scores[image][second.valid[image]].tolist()
         expected = oracle.top(scores, max(1, round(36 * (count / 36) ** power)))
         assert second.kept[image].nonzero()[:, 0].tolist() == expected
+
+
+@torch.no_grad()
+def test_the_cut_counts_the_tokens_that_are_shown():
+    model = FAMILIES["llava"].model
+    inputs = prompt(model, (1, 1))
+    places = visual(inputs["input_ids"])[1].nonzero()[:, 0]
+    inputs["attention_mask"][1, places[::2]] = 0
+    with vtc.compressed(model, TallyAdaptive(hidden=0.2, layer=2), None) as trace:
+        model(**inputs)
+    (whole, half), cut = (stage.kept.sum(1).tolist() for stage in trace.stages)
+    assert cut == [round(36 * (whole / 36) ** 2), round(18 * (half / 18) ** 2)]
+    assert cut[1] > round(36 * (half / 36) ** 2)
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])

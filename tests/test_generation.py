@@ -81,6 +81,61 @@ def test_a_cache_cropped_into_the_images_is_refused(llava):
             llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_a_crop_reaches_back_to_a_hole_in_the_text(llava):
+    """Which later layers do not hold, so that the same number of keys would be other tokens there."""
+    inputs = prompt(llava)
+    inputs["attention_mask"][0, -3] = 0
+    vtc.wrap(llava, vtc.FastV(layer=3), 0.7)
+    outputs = llava(**inputs)
+    for count in (2, 4):
+        cache = copy.deepcopy(outputs.past_key_values)
+        cache.crop(-count)
+        again = {"input_ids": inputs["input_ids"][:, -count:], "attention_mask": inputs["attention_mask"]}
+        if count == 2:
+            got = llava(**again, past_key_values=cache).logits
+            torch.testing.assert_close(got, outputs.logits[:, -2:])
+            continue
+        with pytest.raises(RuntimeError, match="cropped by the 2 tokens"):
+            llava(**again, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_crop_goes_behind_the_padding_of_another_row(llava):
+    long, short = rows(llava, (1, 0))
+    short.ids = short.ids[-4:]
+    inputs = batch(llava, [long, short])
+    vtc.wrap(llava, vtc.FastV(layer=3), 0.7)
+    outputs = llava(**inputs)
+    outputs.past_key_values.crop(-8)
+    again = {"input_ids": inputs["input_ids"][:, -8:], "attention_mask": inputs["attention_mask"]}
+    got, real = llava(**again, past_key_values=outputs.past_key_values).logits, inputs["attention_mask"][:, -8:] > 0
+    torch.testing.assert_close(got[real], outputs.logits[:, -8:][real])
+
+
+@pytest.mark.parametrize("setting", ["tally", "vtc-cls", "fastv-early"])
+@torch.no_grad()
+def test_a_pruned_cache_is_refused_by_a_model_that_is_not_wrapped(llava, setting):
+    """It would lose the weights of keys, or misread what layers hold. A cache that holds everything goes on."""
+    inputs, step = prompt(llava, (1, 2)), {"input_ids": torch.tensor([[7], [9]])}
+    padded = step | {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}
+    with vtc.compressed(llava, *METHODS[setting]):
+        cache = llava(**inputs).past_key_values
+        expected = llava(**padded, past_key_values=copy.deepcopy(cache)).logits
+    for call in (step, padded, {"input_ids": torch.tensor([[7, 8], [9, 8]])}):
+        with pytest.raises(RuntimeError, match="wrap the model again"):
+            llava(**call, past_key_values=cache)
+    with vtc.compressed(llava, *METHODS[setting]):
+        assert torch.equal(llava(**padded, past_key_values=cache).logits, expected)
+    with pytest.raises(RuntimeError, match="wrap the model again"):
+        llava(**step, past_key_values=cache)
+    whole = llava(**inputs).past_key_values
+    with vtc.compressed(llava, METHODS[setting][0], 1.0):
+        cache = llava(**inputs).past_key_values
+    got, bare = (llava(**padded, past_key_values=one).logits for one in (cache, whole))
+    assert torch.equal(got, bare)
+
+
 # -- kinds of caches -----------------------------------------------------------------------------------------------
 
 
@@ -420,7 +475,11 @@ def test_a_later_mask_cannot_hide_what_a_pruned_cache_holds(setting):
             got = model(input_ids=word, attention_mask=gone, past_key_values=copy.deepcopy(cache)).logits
             assert torch.equal(got, expected)
         with pytest.raises(ValueError, match="start again from the prompt"):
-            model(input_ids=word, attention_mask=held, past_key_values=cache)
+            model(input_ids=word, attention_mask=held, past_key_values=copy.deepcopy(cache))
+        ids = torch.cat((inputs["input_ids"], word), dim=1)  # of which generate() reads the last one first
+        model.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
+        with pytest.raises(ValueError, match="start again from the prompt"):
+            model.generate(ids, attention_mask=held, past_key_values=cache, **GREEDY)
 
 
 def test_a_hook_that_is_half_on_does_not_meet_another_threads_call(llava):

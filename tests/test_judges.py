@@ -16,6 +16,7 @@ from table import parametrize as pytest_generate_tests  # noqa: F401
 from transformers import DynamicCache, StaticCache
 
 import vtc
+import vtc.adapter as adapters
 from vtc.methods.vtc_cls import VtcCls
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
@@ -48,6 +49,31 @@ def hide(inputs: dict, what: str) -> dict:
     else:
         mask[0] = 0
     return {**inputs, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("setting", ["vtc-cls", "fastv-early"])
+def test_prompts_that_share_a_row_are_refused(name, setting):
+    """Without mask and cache transformers tells them apart by their positions, as padding-free collators give them."""
+    model, (first, second) = FAMILIES[name].model, rows(FAMILIES[name].model, (1, 0))
+
+    def packed(*parts):
+        inputs = batch(model, [sum(parts[1:], start=parts[0])]) | {"use_cache": False}
+        del inputs["attention_mask"]
+        positions = torch.cat([torch.arange(len(part.ids)) for part in parts])[None]
+        return inputs | {"position_ids": positions if name == "llava" else positions.expand(4, 1, -1)}
+
+    inputs, start = packed(first, second), len(first.ids)
+    other = inputs | {"input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, start - 2] = 5
+    bare = logits(model, inputs)
+    assert torch.equal(logits(model, other)[:, start:], bare[:, start:])
+    with vtc.compressed(model, *METHODS[setting]):
+        with pytest.raises(ValueError, match="pack several prompts into one row"):
+            logits(model, inputs)
+        assert logits(model, packed(first)).isfinite().all()
+    with vtc.compressed(model, METHODS[setting][0], 1.0):
+        assert torch.equal(logits(model, inputs), bare)
 
 
 def placed(model, inputs: dict) -> dict:
@@ -279,6 +305,14 @@ def test_a_thread_that_chose_nothing_is_refused(llava):
     assert torch.equal(run(lambda: llava.generate(**inputs, **GREEDY))[0], bare)
 
 
+def test_text_of_a_thread_that_chose_nothing_is_read_as_ever(llava):
+    inputs = prompt(llava, (0,))
+    bare = llava.generate(**inputs, **GREEDY)
+    with vtc.compressed(llava, "fastv", 0.4):
+        for call in (lambda: llava.generate(**inputs, **GREEDY), lambda: llava.generate(inputs["input_ids"], **GREEDY)):
+            assert torch.equal(run(call)[0], bare)
+
+
 @pytest.mark.parametrize("change", ["unwrap", "wrap anew"])
 def test_changes_wait_for_a_generation_of_another_thread(llava, change):
     inputs = prompt(llava)
@@ -421,6 +455,25 @@ def test_rows_of_a_cache_take_their_state_along(name, setting, change, unwrapped
         torch.testing.assert_close(one, other[order], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+@pytest.mark.parametrize("method", ["tally", "vtc-cls", "fastv", "snapkv", "mikv", "tokenselect"])
+@torch.no_grad()
+def test_a_cache_that_is_written_down_goes_on(llava, method, budget):
+    inputs, steps = prompt(llava, (2, 1)), torch.tensor([[7, 8], [9, 10]])
+    vtc.wrap(llava, method, budget)
+    cache = llava(**inputs).past_key_values
+    others, seconds = [write(cache) for write in COPIES.values()], cache.vtc.trace.seconds
+
+    def decoded(cache):
+        return [llava(input_ids=steps[:, n : n + 1], past_key_values=cache).logits for n in range(2)]
+
+    expected = decoded(cache)
+    for other in others:
+        assert type(other) is type(cache)
+        assert other.vtc.trace.seconds == pytest.approx(seconds)
+        assert all(map(torch.equal, decoded(other), expected))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("setting", PRUNING)
 def test_a_cache_that_is_reset_is_new(llava, setting, kind):
@@ -541,6 +594,42 @@ def test_after_an_exception_the_trace_is_of_the_last_call_that_ended(model, meth
         assert len(model.vtc.trace.tokens_per_layer) == 1
     logits(model, second)
     assert len(model.vtc.trace.kept()) == 2
+
+
+@pytest.mark.parametrize("generates", [False, True], ids=["forward", "generate"])
+@each_site
+def test_ctrl_c_leaves_nothing_behind(model, method, generates):
+    """It is no `Exception`: torch's own hooks behind a module do not hear of it."""
+    inputs, decoder = prompt(model, (2, 1)), adapters.find(model).decoder
+    states = torch.randn(1, 5, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        bare = decoder(inputs_embeds=states).last_hidden_state
+    vtc.wrap(model, *method)
+    expected, text = logits(model, inputs), model.generate(**inputs, **GREEDY)
+    kept = model.vtc.trace.kept()
+
+    def interrupted():
+        handle = oracle.layers(model)[4].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **GREEDY) if generates else logits(model, inputs)
+        handle.remove()
+
+    interrupted()
+    assert torch.equal(logits(model, inputs), expected)
+    assert all(map(torch.equal, model.vtc.trace.kept(), kept))
+    interrupted()
+    assert torch.equal(model.generate(**inputs, **GREEDY), text)
+    interrupted()
+    with torch.no_grad():
+        assert torch.equal(decoder(inputs_embeds=states).last_hidden_state, bare)
+    thread = threading.Thread(target=vtc.unwrap, args=(model,), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert "vtc" not in vars(model)
 
 
 def test_a_prefix_of_embeddings(llava):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vtc.cover as cover
-import vtc.groups as groups
+import vtc.methods.groups as groups
 import vtc.select as select
 from vtc.choice import Seen
 from vtc.observe import TokenStates

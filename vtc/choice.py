@@ -24,6 +24,8 @@ class Seen:
     """(images, tokens) int64: which patch of its image each token is, in raster order."""
     parts: Sequence[Sequence[Grid]]
     """The grids of each image's tokens, in token order, before any token left: tiles, frames."""
+    shown: Sequence[int] = ()
+    """How many tokens of each image the attention mask did not hide, before any left; empty where a step chooses."""
 
     def __getitem__(self, need: Need) -> Tensor:
         """(images, channels, tokens) float32, over the tokens that are left."""
@@ -65,7 +67,8 @@ def by_head(select: Callable[[Tensor, Seen, Tensor], Choice], scores: Tensor, se
     images, heads, _ = scores.shape
     valid, index, number = (x.repeat_interleave(heads, dim=0) for x in (seen.valid, seen.index, keep))
     parts = [grids for grids in seen.parts for _ in range(heads)]
-    choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts), number)
+    shown = [count for count in seen.shown for _ in range(heads)]
+    choice = select(scores.flatten(0, 1), Seen({}, valid, index, parts, shown), number)
     if choice.bits is not None:
         return Choice(seen.valid, bits=choice.bits.view(images, heads, -1))
     return Choice(choice.keep.view(images, heads, -1))

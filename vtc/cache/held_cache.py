@@ -23,6 +23,17 @@ class HeldCache(transformers.Cache):
     """The `Held` of the calls so far."""
     rests: bool
     """Whether the next call has nothing to do unless it brings images. Not while a call runs."""
+    awake: bool
+    """Whether a call runs that is looked at."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Raises RuntimeError for a pruned prompt in the hands of a model that does not know of it."""
+        if not (self.awake or self.rests or self.vtc.rests):
+            raise RuntimeError(
+                "this cache holds a pruned prompt, which only a wrapped model that is called as a whole can read: "
+                "wrap the model again, or start anew from the prompt"
+            )
+        return super().update(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         held = held_length(self, layer_idx)
@@ -44,9 +55,13 @@ class HeldCache(transformers.Cache):
         rows = torch.arange(len(self.vtc.layers[0].place))
         self.vtc = self.vtc.rows(rows.repeat_interleave(repeats))
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made on the way, and nowhere to be found by name."""
+        return _empty, (type(self).__bases__[1],), vars(self)
+
     def reset(self) -> None:
         super().reset()
-        del self.vtc, self.rests
+        del self.vtc, self.rests, self.awake
         self.__class__ = type(self).__bases__[1]
 
 
@@ -55,24 +70,28 @@ def _held(kind: Any) -> Any:
     return type(kind.__name__, (HeldCache, kind), {})
 
 
+def _empty(kind: Any) -> Any:
+    return object.__new__(_held(kind))
+
+
 def attach(cache: Any, state: Any) -> None:
     """Leave on a cache what it holds, for the next call."""
     if not isinstance(cache, HeldCache):
         kind: Any = type(cache)
         cache.__class__ = _held(kind)
-    cache.vtc, cache.rests = state, False
+    cache.vtc, cache.rests, cache.awake = state, False, False
 
 
 def wake(cache: Any) -> None:
     """Before a call that is looked at: until it has ended, none of its parts may go by."""
     if isinstance(cache, HeldCache):
-        cache.rests = False
+        cache.rests, cache.awake = False, True
 
 
 def rest(cache: Any) -> None:
     """After a call."""
     if isinstance(cache, HeldCache):
-        cache.rests = cache.vtc.rests
+        cache.rests, cache.awake = cache.vtc.rests, False
 
 
 def held_length(cache: Any, layer: int = 0) -> int:

@@ -48,10 +48,12 @@ def _columns(now: Columns, apart: int, most: int, number: Tensor | None) -> Colu
 @torch.no_grad()
 def _chosen(stage: Stage, layer: int, parted: PartedLayer, place: Tensor, see: See, reads: Reads) -> Tensor:
     """The visual tokens that a step reads: (batch, most), among those that lie apart, whose columns are `place`."""
-    rows, device = {need: see(need) for need in stage.needs}, parted.number.device
+    device, alike = parted.number.device, None
     place = place.to(device)
-    seen, alike = Seen(rows, place >= 0, torch.arange(place.shape[1], device=device).expand_as(place), ()), None
-    keep = stage.select(stage.score(seen), seen, parted.number).keep
+    with torch.autocast(device.type, enabled=False):
+        rows = {need: see(need) for need in stage.needs}
+        seen = Seen(rows, place >= 0, torch.arange(place.shape[1], device=device).expand_as(place), ())
+        keep = stage.select(stage.score(seen), seen, parted.number).keep
     chosen = (~keep).long().argsort(dim=1, stable=True)[:, : parted.most]
     if stage.reuse is not None:
         need, least = stage.reuse

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
 
 import vtc.cache.held as held
 from vtc.adapter import Adapter
@@ -44,6 +45,10 @@ class Call:
     def generates(self) -> bool:
         """Whether generate() makes this call."""
         return self.prompt is not None
+
+    def decodes(self, seen: int, length: int) -> bool:
+        """Whether this is one of generate()'s own steps: `length` positions behind `seen` ones."""
+        return self.prompt is not None and length == 1 and seen >= self.prompt
 
     def ahead(self, total: int) -> int:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
@@ -99,6 +104,14 @@ class Call:
         given, static = self.inputs.get("attention_mask"), held.is_static(cache)
         if isinstance(given, Tensor) and given.ndim != 2 and not static:
             raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+        positions = None if given is not None or cache is not None else self.inputs.get("position_ids")
+        if positions is not None and positions.ndim == 3:  # of four axes the first one is the text's
+            positions = positions[0] if len(positions) == 4 else None
+        if positions is not None and find_packed_sequence_indices(positions) is not None:
+            raise ValueError(
+                "position_ids that start again, or leave gaps, pack several prompts into one row, which cannot be "
+                "pruned: pad them to rows of their own, with an attention_mask"
+            )
         if static and windows:
             raise ValueError("a static cache cannot hold a pruned prompt beyond a sliding window: use a DynamicCache")
 

@@ -117,9 +117,9 @@ class InForce:
                 changed.notify_all()
 
     @contextmanager
-    def generating(self, prompt: int | None) -> Iterator[None]:
+    def generating(self, prompt: int | None, sees: bool) -> Iterator[None]:
         """A generate(), whose prompt has so many positions: what is in force when it begins is so to its end."""
-        compression = self.begin(sees=True)
+        compression = self.begin(sees)
         tokens = chosen.set((*chosen.get(), compression)), prompted.set((self, prompt))
         try:
             yield

@@ -72,7 +72,7 @@ class Forward:
         if mask is not None:
             before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
         past = Held.by(cache, len(adapter.layers), batch, before, device)
-        if before is not None and not (call.generates and length == 1):  # generate() makes the masks of its steps
+        if before is not None and not call.decodes(past.seen, length):  # generate() makes the masks of its steps
             past.check(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
@@ -161,15 +161,15 @@ class Forward:
         return hidden
 
     def _choose(self, number: int, stage: Stage, hidden: Tensor) -> tuple[Choice, Tensor] | None:
-        """What a stage chooses, and by which scores; None where there is nothing to choose."""
+        """What a stage chooses, and by which scores, in float32 also under autocast; None where it has no choice."""
         stream, counts = self.stream, self._counts(number)
         if all(count >= left for count, left in zip(counts, stream.counts, strict=True)):
             self.past.trace.note(stage, stream, Choice(stream.valid))
             return None
         clock, device, seen = self.past.trace.clock, hidden.device, stream.seen(stage.needs)
-        with clock.timed("score", device):
+        with clock.timed("score", device), torch.autocast(device.type, enabled=False):
             scores = stage.score(seen)
-        with clock.timed("select", device):
+        with clock.timed("select", device), torch.autocast(device.type, enabled=False):
             choice = by_head(stage.select, scores, seen, torch.tensor(counts).to(device, non_blocking=True))
         self.past.trace.note(stage, stream, choice, scores)
         return choice, scores
@@ -223,7 +223,7 @@ class Forward:
         """Make those rows of the decoder that are not made yet; `hidden` has come out of its last layer."""
         due = [need for need in needs if not need.tower and need not in self.stream.rows]
         if due and self.stream.images:
-            with self.past.trace.clock.timed("score", hidden.device):
+            with self.past.trace.clock.timed("score", hidden.device), torch.autocast(hidden.device.type, enabled=False):
                 rows = {need: self._row(hidden, need) for need in due}
             self.stream = self.stream.observed(rows)
 

@@ -21,7 +21,7 @@ from vtc.core.compression import Compression
 from vtc.core.features import Encoded, Encoding
 from vtc.core.force import InForce
 from vtc.core.forward import Forward
-from vtc.core.patch import Patch, after, around, before, sees
+from vtc.core.patch import Patch, after, around, before, sees, tell_compiler
 from vtc.core.skipping import skippable, skipped
 from vtc.need import Need, Record, recording
 from vtc.observe import Tower
@@ -67,7 +67,7 @@ class Hooks(InForce):
         for need in needs.keys() - self._handles.keys():
             self._handles[need] = need.hooks(self.adapter)
         self._modules = modules
-        _tell_compiler(self.model)
+        tell_compiler(self.model)
 
     def _take_off(self, needs: Iterable[Need | None]) -> None:
         for need in list(needs):
@@ -77,6 +77,7 @@ class Hooks(InForce):
     def _patch(self) -> None:
         model, backbone = self.model, self.adapter.backbone
         self._patches += [Patch(owner, "vtc", self) for owner in dict.fromkeys((model, backbone))]
+        self._patches.append(Patch(backbone, "forward", around(backbone.forward, self._forward)))
         if hasattr(model, "generate"):
             self._patches.append(Patch(model, "generate", around(model.generate, self._generate)))
         for modality in self.adapter.placeholders():
@@ -102,6 +103,7 @@ class Hooks(InForce):
     # -- a call ---------------------------------------------------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        _forget()
         given = kwargs.get("generation_config") or self.model.generation_config
         if sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
             raise ValueError("a wrapped model reads a prompt with images whole: leave prefill_chunk_size out")
@@ -116,7 +118,7 @@ class Hooks(InForce):
             warnings.warn("a pruned model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
             kwargs["compile_config"] = copy.copy(config)
             kwargs["compile_config"].fullgraph = False
-        with self.generating(prompt_length(args, kwargs)):
+        with self.generating(prompt_length(args, kwargs), sees(kwargs)):
             return original(*args, **kwargs)
 
     def _steps_rest(self, kwargs: dict[str, Any]) -> bool:
@@ -127,7 +129,7 @@ class Hooks(InForce):
         return not observed and (past is None or past.rests) and (everything or not sees(kwargs))
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        running.set(None)
+        _forget()
         held_cache.wake(kwargs.get("past_key_values"))
         given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         compression = self.begin(sees(given))
@@ -136,11 +138,21 @@ class Hooks(InForce):
             call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
         running.set(call)
 
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The backbone, left also where Ctrl-C ends it: torch's hooks behind a module hear of an `Exception` only."""
+        if torch.compiler.is_compiling():  # hooks run between graphs, and graphs cannot end within a try
+            return original(*args, **kwargs)
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            held_cache.rest(kwargs.get("past_key_values"))
+            self._leave(self.adapter.backbone, args, None)
+            raise
+
     def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
         if (call := running.get()) is not None:
             self.end(call.compression)
-        running.set(None)
-        recording.set(None)
+        _forget()
         held_cache.rest(getattr(outputs, "past_key_values", None))
 
     # -- the vision tower -----------------------------------------------------------------------------------------
@@ -175,7 +187,8 @@ class Hooks(InForce):
         if skips:  # what would stand there is not the tower's last state
             outputs = type(outputs)(**{name: x for name, x in outputs.items() if name != "last_hidden_state"})
         seen = Clock.now(self.model.device)
-        images = self._encoded(compression, record, call, outputs.pooler_output)
+        with torch.autocast(self.model.device.type, enabled=False):
+            images = self._encoded(compression, record, call, outputs.pooler_output)
         passages = [("vision", start, seen), ("score", seen, Clock.now(self.model.device))]
         outputs["vtc"] = Encoding(images, len(outputs.pooler_output), passages)  # an entry outlives moves to a device
         return outputs
@@ -189,6 +202,12 @@ class Hooks(InForce):
             Encoded({need: rows[image].T for need, rows in packed.items()}, grids)
             for image, grids in enumerate(self.adapter.parts(call, [len(feature) for feature in features]))
         ]
+
+
+def _forget() -> None:
+    """No call runs in this context; one that was interrupted within a graph may have left itself behind."""
+    running.set(None)
+    recording.set(None)
 
 
 # -- the decoder ------------------------------------------------------------------------------------------------------
@@ -220,13 +239,3 @@ def _enter_layer(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, A
 def _leave_layer(number: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
     if isinstance(forward := running.get(), Forward) and forward.busy:
         forward.after_layer(number, output)
-
-
-def _tell_compiler(model: nn.Module) -> None:
-    """Make torch.compile guard on hooks, which come and go here, and look again at what it compiled before.
-
-    Each time, also where the guards are on: hooks of many wrappings would use up its limit of recompilations.
-    """
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    if any(part._compiled_call_impl or part.__dict__.get("_compiled_call") for part in model.modules()):
-        torch.compiler.reset()

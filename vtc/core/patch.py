@@ -73,3 +73,13 @@ def sees(given: dict[str, Any]) -> bool:
 def _apart(hook: Callable[..., Any], *args: Any) -> Any:
     """A hook between two graphs."""
     return hook(*args)
+
+
+def tell_compiler(model: nn.Module) -> None:
+    """Make torch.compile guard on hooks, which come and go here, and look again at what it compiled before.
+
+    Each time, also where the guards are on: hooks of many wrappings would use up its limit of recompilations.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if any(part._compiled_call_impl or part.__dict__.get("_compiled_call") for part in model.modules()):
+        torch.compiler.reset()

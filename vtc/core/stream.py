@@ -27,7 +27,7 @@ class Stream:
     start: int
     """The first column of this call."""
     tail: int
-    """How many tokens at the end are the same in every layer: the text after the last image of any row."""
+    """How many tokens at the end are the same in every layer: the text after the last image, or hole, of any row."""
     source: Tensor
     """(batch, entered): which position answers for each one that came in, its last survivor at or before it."""
     images: Sequence[Placed]
@@ -57,15 +57,16 @@ class Stream:
         row = torch.tensor([image.first // length for image in images], dtype=torch.long, device=device)
         places = pad_sequence([image.places % length for image in images], batch_first=True) if images else row[:, None]
         index = torch.arange(places.shape[1], device=device).expand_as(places)
-        counts, lengths, padded_right = [len(image.places) for image in images], [length] * batch, False
+        counts, lengths, hole = [len(image.places) for image in images], [length] * batch, 0
         valid = index < torch.tensor(counts, dtype=torch.long, device=device)[:, None]
         if images and real is not None:
             valid = valid & real[row[:, None], places]
-            *measured, filled = torch.cat((real.sum(1), valid.sum(1), real[:, -1:].all(0))).tolist()
-            lengths, counts, padded_right = measured[:batch], measured[batch:], not filled
+            holes = (~real & (real.cumsum(1) > 0)).any(0) * torch.arange(1, length + 1, device=device)
+            *measured, hole = torch.cat((real.sum(1), valid.sum(1), holes.amax(0, keepdim=True))).tolist()
+            lengths, counts = measured[:batch], measured[batch:]
             real = None if min(lengths) == length else real
         images = [replace(image, shown=count) for image, count in zip(images, counts, strict=True)]
-        tail = 0 if padded_right else length - max((1 + image.last % length for image in images), default=0)
+        tail = length - max(hole, *(1 + image.last % length for image in images), 0)
         columns = Columns.counted(start, real, (batch, length), device)
         source = torch.arange(length, device=device).expand(batch, length)
         return cls(columns, start, tail, source, images, row, places, index, valid, lengths, counts)
@@ -92,7 +93,8 @@ class Stream:
 
     def seen(self, needs: Sequence[Need]) -> Seen:
         """What score and select functions get."""
-        return Seen({need: self.rows[need] for need in needs}, self.alive, self.index, self.grids)
+        shown = [image.shown for image in self.images]
+        return Seen({need: self.rows[need] for need in needs}, self.alive, self.index, self.grids, shown)
 
     @property
     def batch_rows(self) -> list[int]:

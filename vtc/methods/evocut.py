@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, one_hot
 
 from vtc.adapter import Adapter
 from vtc.choice import Seen
-from vtc.groups import k_means
+from vtc.methods.groups import k_means
 from vtc.need import Need
 from vtc.observe import Tower
 from vtc.stage import Method, Shape, Share, Stage

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import vtc.groups as groups
+import vtc.methods.groups as groups
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
 from vtc.grids import Grid, cells, places

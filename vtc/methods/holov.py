@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 import vtc.cover as cover
-import vtc.groups as groups
+import vtc.methods.groups as groups
 import vtc.scores as scores
 from vtc.choice import Choice, Seen
 from vtc.need import Need

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import vtc.groups as groups
+import vtc.methods.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.observe import PatchStates, QuestionCosine
 from vtc.select import top_k

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vtc.cover as cover
-import vtc.groups as groups
+import vtc.methods.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.observe import PatchStates, salience

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-import vtc.groups as groups
+import vtc.methods.groups as groups
 from vtc.choice import Seen
 from vtc.grids import cells, squares
 from vtc.methods.window import Kernel, pooled

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import vtc.merge as merge
 from vtc.budget import BudgetError, is_full
 from vtc.choice import Choice, Seen
-from vtc.grids import cells
 from vtc.methods.tally import Tally
 from vtc.methods.ward import ward
 from vtc.need import Need
@@ -95,8 +94,8 @@ def _merged(need: Need, hidden: float, scores: Tensor, seen: Seen, keep: Tensor)
 
 
 def _cut(power: float, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-    """The highest scores, round(N (left/N)^power) of each image of N tokens, and at least `keep`."""
-    tokens = torch.tensor([cells(grids) for grids in seen.parts]).to(scores.device, non_blocking=True)
+    """The highest scores, round(N (left/N)^power) of each image of N tokens that are shown, and at least `keep`."""
+    tokens = torch.tensor(seen.shown).clamp(min=1).to(scores.device, non_blocking=True)
     left = (tokens * (seen.valid.sum(1) / tokens) ** power).round().long()
     return top_k(scores, seen, left.maximum(keep))
 

@@ -79,7 +79,8 @@ def matches(key: Tensor, count: int, protected: int) -> Tensor:
     The first `protected` tokens (0 or 1) stay alone. `key` (crops, length, head_dim) is the mean over heads.
     """
     key = normalize(key.float(), dim=-1)
-    similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)
+    with torch.autocast(key.device.type, enabled=False):  # this one runs within the tower
+        similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)
     similarity[:, :protected] = -math.inf
     best, partner = similarity.max(-1)
     joins = best.argsort(dim=1, descending=True, stable=True)[:, :count]

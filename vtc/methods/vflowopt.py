@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-import vtc.groups as groups
+import vtc.methods.groups as groups
 import vtc.scores as scores
 from vtc.adapter import Adapter
 from vtc.choice import Choice, Seen
