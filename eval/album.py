@@ -120,7 +120,7 @@ class Album:
     images: Sequence[Path]
     questions: Sequence[tuple[str, ...]]
     store: Store[Answered]
-    methods: Mapping[str, vtc.Method] = field(default_factory=dict)
+    methods: Mapping[str, vtc.Method]
     """By name, as they were when the run began: their files may be written anew while it goes on."""
     batch_size: int = 8
     tick: progress.Tick = field(default=lambda steps=1, say=None: None)
@@ -151,8 +151,7 @@ class Album:
         if candidate == FULL:
             said, tokens = self.reader.answers(inputs), self.reader.visual_tokens(inputs).float().tolist()
         else:
-            method = self.methods.get(candidate.method, candidate.method)
-            with vtc.compressed(self.reader.model, method, candidate.budget) as trace:
+            with vtc.compressed(self.reader.model, self.methods[candidate.method], candidate.budget) as trace:
                 said = self.reader.answers(inputs)
             tokens = trace.average_tokens.tolist()
         self.store.add(

@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -68,6 +68,8 @@ class Verdict:
     """Images of the held-out part."""
     allowed: int
     """How many of these a candidate may miss."""
+    tried: Sequence[float] = ()
+    """Other promises that were tried on these answers before: with several the confidence is less than it says."""
 
 
 # -- the promise ----------------------------------------------------------------------------------------------------
@@ -218,7 +220,8 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
     with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
         verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
-    write(verdict, settings, album, out / "choice.json", tried)
+    verdict = replace(verdict, tried=sorted({*tried} - {settings.agree}))
+    write(verdict, settings, album, out / "choice.json")
     return verdict, refused
 
 
@@ -267,7 +270,7 @@ def _at_most(settings: Settings, candidates: Sequence[Candidate], images: int) -
 
 
 def promised(file: Path) -> list[float]:
-    """The promises that runs in this folder tried before: with several the confidence is less than it says."""
+    """The promises that were tried with the answers of this file's folder."""
     try:
         evidence = json.loads(file.read_text(encoding="utf-8"))[EVIDENCE]
         return [*evidence["tried"], evidence["agree"]]
@@ -275,7 +278,7 @@ def promised(file: Path) -> list[float]:
         return []
 
 
-def write(verdict: Verdict, settings: Settings, album: Album, file: Path, tried: Sequence[float] = ()) -> None:
+def write(verdict: Verdict, settings: Settings, album: Album, file: Path) -> None:
     """The JSON file that stands for method and budget wherever a method is named; evidence beside."""
     chosen = verdict.chosen.candidate if verdict.chosen else NONE
     evidence: dict[str, Any] = {
@@ -283,7 +286,7 @@ def write(verdict: Verdict, settings: Settings, album: Album, file: Path, tried:
         "model": settings.model,
         "agree": settings.agree,
         "confidence": CONFIDENCE,
-        "tried": sorted({*tried} - {settings.agree}),
+        "tried": verdict.tried,
         "searched": verdict.searched,
         "held": verdict.held,
         "misses_allowed": verdict.allowed,

@@ -409,16 +409,14 @@ def test_images_that_changed_are_another_run(chosen, photos, tiny, tmp_path):  #
 def test_a_method_stays_what_it_was_when_the_run_began(photos, tiny, tmp_path, monkeypatch):  # noqa: F811
     file = tmp_path / "mine.json"
     vtc.FastV(layer=1).to_json(file)
-    asked, ask = [], album.Album._ask
+    asked, compressed = [], vtc.compressed
 
-    def rewrites(self, candidate, pairs):
+    def rewrites(model, method, budget):
         vtc.FastV(layer=2).to_json(file)
-        if candidate != album.FULL:
-            with vtc.compressed(self.reader.model, self.methods[candidate.method], candidate.budget):
-                asked.append(self.reader.model.vtc.compression.method.layer)
-        ask(self, candidate, pairs)
+        asked.append(vtc.find_method(method).layer)
+        return compressed(model, method, budget)
 
-    monkeypatch.setattr(album.Album, "_ask", rewrites)
+    monkeypatch.setattr(vtc, "compressed", rewrites)
     settings = choose.Settings(str(photos), str(tiny), None, 0.1, (str(file),), (1.0,), max_new_tokens=2, device="cpu")
     choose.run(settings, tmp_path / "out")
     assert set(asked) == {1}

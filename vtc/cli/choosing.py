@@ -67,13 +67,12 @@ def choose(
     if questions is None:
         note(f"no --questions: asking in turn {'; '.join(album.QUESTIONS)}")
     say(f"loading {model}")
-    tried = [] if restart else choosing.promised(out / "choice.json")
     verdict, refused = choosing.run(asked, out, restart, bar=True)
     for name, reason in refused.items():
         note(f"without {name}: {reason}")
-    if others := sorted({*tried} - {agree}):
+    if verdict.tried:
         note(
-            f"tried here before: {', '.join(f'{one:g}' for one in others)}; the confidence is that of a promise "
+            f"tried here before: {', '.join(f'{one:g}' for one in verdict.tried)}; the confidence is that of a promise "
             "which was fixed before any answer was known"
         )
     console = Console()
