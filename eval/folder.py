@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -22,6 +21,7 @@ import vtc
 from vtc.adapter import find
 from vtc.eval.rows import Asked
 from vtc.methods.compose import with_budget
+from vtc.stage import write_json
 
 Kept = TypeVar("Kept", bound=Asked)
 FINDINGS = (
@@ -237,9 +237,3 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old, new = flat(old), flat(new)
     names = [name for name in {**new, **old} if json.dumps(old.get(name)) != json.dumps(new.get(name))]
     return [f"{name} {old.get(name, 'unknown')} there, {new.get(name, 'unknown')} here" for name in names]
-
-
-def write_json(path: Path, value: Any) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)  # whole or not at all

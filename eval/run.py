@@ -26,6 +26,7 @@ from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
 from vtc.methods import check_names
 from vtc.methods.compose import with_budget
+from vtc.stage import write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +129,7 @@ def evaluate(
         mis.needing(groups, settings.seed),
     )
     memory.mark([*rows, *needing["rows"]])
-    folder.write_json(out / "needs-image.json", needing)
+    write_json(out / "needs-image.json", needing)
     measure = getattr(benchmark, "MEASURE", "accuracy")
     title = f"{settings.model}: {measure} over {{}} questions of {settings.benchmark}"
     report.picture(rows, out / "curve.png", title.format(len(examples)))
@@ -137,9 +138,9 @@ def evaluate(
         report.picture(needing["rows"], out / "needs-image.png", few)
     if per == "bytes":
         priced = memory.priced(rows, groups)
-        folder.write_json(out / "bytes.json", priced)
+        write_json(out / "bytes.json", priced)
         report.picture(priced, out / "bytes.png", title.format(len(examples)), per="bytes")
-    folder.write_json(out / "summary.json", rows)  # last: where it is, the run is whole
+    write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
 
 

@@ -30,6 +30,7 @@ from vtc.eval.rows import Group, Line, Reply, Row
 from vtc.eval.run import Arm
 from vtc.install import install_line
 from vtc.methods.compose import with_budget
+from vtc.stage import write_json
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -169,7 +170,7 @@ def _open(settings: Settings, out: Path, restart: bool, lm: Vtc, tasks: dict[str
     open_folder = folder.check if dry_run else folder.open_folder
     open_folder(out, _configuration(as_it_was, lm, tasks), restart, REPLIES.format("*"))
     if more and not dry_run:
-        folder.write_json(file, _configuration(settings, lm, tasks))
+        write_json(file, _configuration(settings, lm, tasks))
 
 
 def _configuration(settings: Settings, lm: Vtc, tasks: dict[str, Task]) -> dict[str, Any]:
@@ -376,9 +377,9 @@ def _write(
     where.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for *_, lines in groups for line in lines)
     (where / "results.jsonl").write_text(text, encoding="utf-8")
-    folder.write_json(where / "summary.json", rows)
+    write_json(where / "summary.json", rows)
     if rows[0]["accuracy"] is not None:
-        folder.write_json(where / "needs-image.json", mis.needing(groups, settings.seed))
+        write_json(where / "needs-image.json", mis.needing(groups, settings.seed))
     title = f"{settings.model}: {name}, {rows[0]['n']} questions"
     points = published.points(name, settings.model, percent=own.percent)
     report.picture(rows, where / "curve.png", title, points)

@@ -23,6 +23,7 @@ from vtc.eval.rows import Group, Line
 from vtc.eval.run import Shared
 from vtc.methods.compose import with_budget
 from vtc.methods.overview import overview
+from vtc.stage import write_json
 
 BASE = "always"
 """The folder of what every method is compared with: no method at all."""
@@ -156,7 +157,7 @@ def write_curve(found: Answers, out: Path, seed: int) -> None:
     memory.mark(rows)
     title = f"{found.model}: accuracy over {rows[0]['n']} questions of {found.benchmark}"
     report.picture(rows, where / "curve.png", title)
-    folder.write_json(where / "summary.json", rows)
+    write_json(where / "summary.json", rows)
 
 
 def _named(name: str) -> str:

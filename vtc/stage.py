@@ -10,6 +10,7 @@ import json
 import math
 import os
 import reprlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -177,10 +178,7 @@ class Method:
         people to read.
         """
         more = {name: x for name, x in (("budget", budget), (EVIDENCE, evidence)) if x is not None}
-        text = json.dumps(self.settings() | more, indent=2) + "\n"
-        draft = Path(f"{path}.{os.getpid()}.part")
-        draft.write_text(text)
-        draft.replace(path)  # whole or not at all: a run may read it meanwhile
+        write_json(path, self.settings() | more)
 
     @classmethod
     def described(cls, settings: dict[str, Any], source: str | Path) -> Self:
@@ -223,6 +221,13 @@ def _kinds(method: Any) -> dict[str, TypeAdapter]:
     hints = get_type_hints(method, include_extras=True)
     names = [field.name for field in fields(method) if not is_dataclass(hints[field.name])]  # those check themselves
     return {name: TypeAdapter(hints[name], config=strict) for name in names}
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Whole or not at all: others may read or write it meanwhile."""
+    draft = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.part")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def compare(
       vtc compare out/eval vtc-cls
     """
     from vtc.eval import paired
-    from vtc.eval.folder import write_json
+    from vtc.stage import write_json
 
     rows = paired.compare(folder, method, seed)
     write_json(folder / "compare.json", rows)
@@ -221,7 +221,7 @@ def faithfulness(
     check_names(*chosen)
     need("sklearn", "scipy", extra="eval")
     quiet()
-    from vtc.eval import benchmarks, folder
+    from vtc.eval import benchmarks
     from vtc.eval import faithfulness as compared
     from vtc.eval.reader import load, model_path, pick_device
 
@@ -230,5 +230,7 @@ def faithfulness(
     reader = load(model_path(model), pick_device(device))
     rows = compared.faithfulness(reader, examples, chosen, bar=True)
     out.mkdir(parents=True, exist_ok=True)
-    folder.write_json(out / "faithfulness.json", rows)
+    from vtc.stage import write_json
+
+    write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))

@@ -122,7 +122,7 @@ def table(
     need("matplotlib", "sklearn", "scipy", extra="eval")
     note_one(spend)
     quiet()
-    from vtc.eval import density, folder, standings
+    from vtc.eval import density, standings
     from vtc.eval import table as tables
 
     costs = standings.shares([Path(name) for name in split(bench)]) if bench else {}
@@ -134,7 +134,9 @@ def table(
         tables.write_curve(answers, out, seed)
     names = list(chosen or tables.comparable())
     standing, means = standings.stand(found, names, against, seed, costs)
-    folder.write_json(out / "table.json", standing)
+    from vtc.stage import write_json
+
+    write_json(out / "table.json", standing)
     (out / "table.md").write_text(text := standings.markdown(standing, means, seed), encoding="utf-8")
     density.picture(means, list(standing["ranks"][standings.ALL]["mean_rank"]), against, out / "density.png")
     typer.echo(text + f"{out}: table.json, table.md, density.png")

@@ -139,7 +139,7 @@ def load(
     Console().print(f"seconds to the first token at {shown(spend[-1])}, of those of a new image: {ratios}")
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        from vtc.eval.folder import write_json
+        from vtc.stage import write_json
 
         write_json(out / "load.json", {"case": asdict(case), "rows": rows, "repeated": seconds})
         asking.picture(rows, out / "load.png", title)

@@ -244,7 +244,7 @@ def _note_rounds(rounds: int) -> None:
 
 
 def _write(path: Path, described: dict[str, Any]) -> None:
-    from vtc.eval.folder import write_json
+    from vtc.stage import write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, described)

@@ -122,8 +122,8 @@ def layers(
     """
     need("matplotlib", "sklearn", extra="eval")
     quiet()
-    from vtc.eval import folder, scenes
     from vtc.eval import layers as probe
+    from vtc.eval import scenes
     from vtc.eval.reader import load, model_path, pick_device
 
     say(f"loading {model}")
@@ -131,6 +131,8 @@ def layers(
     rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
     out.mkdir(parents=True, exist_ok=True)
     asked = {"model": model, "left": left, "limit": limit, "seed": seed}
-    folder.write_json(out / "layers.json", asked | {"rows": rows})
+    from vtc.stage import write_json
+
+    write_json(out / "layers.json", asked | {"rows": rows})
     probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
     Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")
