@@ -17,10 +17,10 @@ from vtc.eval import pages, reference, scenes
 from vtc.eval.reference.data import Batch, Pack, encode, head, make_batch, pack, to_pixels
 from vtc.eval.reference.model import PRESETS, build_model, build_processor
 from vtc.eval.reference.network import cls_attention, gather, look, read
-from vtc.eval.reference.train import Trainer, subset, train
+from vtc.eval.reference.train import WHOLE, Trainer, subset, train
 
 TINY = PRESETS["tiny"]
-BOTH = replace(PRESETS["tiny"], size=120, muon=True, benchmarks=("pages", "scenes"))
+BOTH = replace(PRESETS["tiny"], size=120, muon=True, images=("pages", "pages", "scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,10 @@ def test_a_model_of_both_sees_in_training_what_its_processor_shows(benchmark):
 
 def test_a_batch_of_both_takes_turns_and_names_what_stands_on_each_patch():
     batch = make_batch("train", 0, 5, 6, BOTH)
-    assert [sample.benchmark for sample in batch.samples] == ["scenes", "pages"] * 3
+    assert [sample.benchmark for sample in batch.samples] == ["scenes", "pages", "pages"] * 2
+    numbers = [BOTH.image(number) for number in range(9)]
+    assert [number for name, number in numbers if name == "pages"] == [*range(6)]
+    assert [number for name, number in numbers if name == "scenes"] == [*range(3)]
     for row, sample in enumerate(batch.samples):
         for thing in sample.things:
             left, top, right, bottom = (edge * 120 / sample.image.width for edge in thing.box)
@@ -131,7 +134,7 @@ def test_subsets_are_sorted_and_of_every_size():
     features = torch.randn(6, 144, 8, generator=torch.Generator().manual_seed(0))
     counts = []
     for seed in range(60):
-        keep = subset(features, torch.Generator().manual_seed(seed))
+        keep = subset(features, 1 / 3, torch.Generator().manual_seed(seed))
         assert (keep.diff(dim=1) > 0).all()
         counts.append(keep.shape[1])
     assert 10 <= counts.count(144) <= 30
@@ -214,17 +217,18 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
     )
 
     def advance(self: Trainer, batch: Batch) -> float:
-        reading = self.step >= self.preset.tower_steps
-        self._set_learning_rate(reading)
+        phase = self._set_learning_rate()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         for number in range(2):
             half, generator = batch.part(number, 2), torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
             with torch.autocast("cpu", torch.bfloat16):
-                states = look(self.model, half.pixels)
-                loss = self._tower_loss(half, states)
-                if reading:
-                    loss = loss + self._read_loss(half, states, generator)
+                with torch.set_grad_enabled(phase != "rest"):
+                    states = look(self.model, half.pixels)
+                losses = [self._tower_loss(half, states)] if phase != "rest" else []
+                if phase != "tower":
+                    losses.append(self._read_loss(half, states, WHOLE[phase], generator))
+                loss = sum(losses)
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         for optimizer in self.optimizers:
@@ -247,8 +251,13 @@ def test_batches_that_processes_cannot_share_are_refused(tmp_path, monkeypatch):
 
 def test_both_are_trained_together_and_reported_apart(tmp_path):
     trainer = Trainer(tmp_path, BOTH, seed=0)
-    for step in range(BOTH.tower_steps + BOTH.read_steps):
+    for step in range(BOTH.steps):
+        before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
         trainer.advance(make_batch("train", 0, *BOTH.span(step), BOTH))
+        learned = {name for name, weight in trainer.model.named_parameters() if not weight.equal(before[name])}
+        phase = BOTH.phase(step)[0]
+        assert any("vision_tower" in name for name in learned) == (phase != "rest"), phase
+        assert any("language_model.layers" in name for name in learned) == (phase != "tower"), phase
     line = trainer.report(rows=24)
     assert set(re.findall(r"(\w+) [\d.n]+ \(", line)) == {"pages", "scenes"}
     assert set(re.findall(r"[( ](\w+) [\d.]+(?=[ )])", line)) >= {*pages.TASKS, *scenes.TASKS}

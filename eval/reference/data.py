@@ -86,9 +86,10 @@ def labels(benchmarks: tuple[str, ...] = ("scenes",)) -> dict[tuple[str, ...], i
 
 def make_batch(split: scenes.Split, seed: int, start: int, count: int, preset: Preset) -> Batch:
     """Images start .. start + count of the split; of several benchmarks in turn."""
-    several = len(preset.benchmarks)
-    numbers = range(start, start + count)
-    samples = [_sample(preset.benchmarks[i % several], split, seed, i // several) for i in numbers]
+    samples = []
+    for number in range(start, start + count):
+        benchmark, index = preset.image(number)
+        samples.append(_sample(benchmark, split, seed, index))
     return Batch(
         pixels=torch.stack([to_pixels(sample.image, preset.size) for sample in samples]),
         patch_words=torch.stack([_patch_words(sample, preset) for sample in samples]),

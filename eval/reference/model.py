@@ -35,7 +35,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a model and of its training: optimiser steps and images a step for each phase."""
+    """Sizes of a model and of its training: optimiser steps of each phase and images a step."""
 
     size: int = 96
     patch: int = 8
@@ -45,12 +45,36 @@ class Preset:
     tower_steps: int = 1700
     tower_batch: int = 48
     read_steps: int = 2700
+    rest_steps: int = 0
     read_batch: int = 24
+    """Images a step when reading, whether the tower learns or rests."""
     learning_rate: float = 1e-3
     muon: bool = False
     """Whether Muon trains the matrices of the layers; AdamW trained the model that ships as `reference`."""
-    benchmarks: tuple[str, ...] = ("scenes",)
-    """What it learns to read; images come in turn."""
+    images: tuple[str, ...] = ("scenes",)
+    """The benchmarks that it learns to read; their images come in this turn, over and over."""
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.images))
+
+    def image(self, number: int) -> tuple[str, int]:
+        """The benchmark that image `number` of the training is of, and which of its images it is."""
+        rounds, turn = divmod(number, len(self.images))
+        name = self.images[turn]
+        return name, rounds * self.images.count(name) + self.images[:turn].count(name)
+
+    @property
+    def steps(self) -> int:
+        return self.tower_steps + self.read_steps + self.rest_steps
+
+    def phase(self, step: int) -> tuple[str, int, int]:
+        """The phase that a step is in (tower, read or rest), how many steps of it came before, and its length."""
+        for name, steps in (("tower", self.tower_steps), ("read", self.read_steps)):
+            if step < steps:
+                return name, step, steps
+            step -= steps
+        return "rest", step, self.rest_steps
 
     def span(self, step: int) -> tuple[int, int]:
         """The first image of this step, and how many."""
@@ -65,9 +89,38 @@ class Preset:
 
 PRESETS = {
     "small": Preset(),
-    "both": Preset(120, 8, (160, 8, 5, 480), (160, 8, 5, 400), 4000, 24, 8000, 16, 1e-3, True, ("pages", "scenes")),
-    "large": Preset(336, 14, (320, 9, 5, 832), (320, 10, 5, 640), 20_000, 128, 60_000, 64, 5e-4),
-    "tiny": Preset(96, 8, (16, 3, 2, 32), (16, 2, 2, 32), 2, 4, 2, 4),
+    "both": Preset(
+        size=120,
+        vision=(160, 8, 5, 480),
+        text=(160, 8, 5, 400),
+        tower_steps=4000,
+        tower_batch=24,
+        read_steps=4000,
+        rest_steps=4000,
+        read_batch=16,
+        muon=True,
+        images=("pages", "pages", "scenes", "pages"),
+    ),
+    "large": Preset(
+        size=336,
+        patch=14,
+        vision=(320, 9, 5, 832),
+        text=(320, 10, 5, 640),
+        tower_steps=20_000,
+        tower_batch=128,
+        read_steps=60_000,
+        read_batch=64,
+        learning_rate=5e-4,
+    ),
+    "tiny": Preset(
+        vision=(16, 3, 2, 32),
+        text=(16, 2, 2, 32),
+        tower_steps=2,
+        tower_batch=4,
+        read_steps=1,
+        rest_steps=1,
+        read_batch=4,
+    ),
 }
 """small: what ships, for 2 CPU cores. both: scenes and pages at 225 visual tokens. large: 576 visual tokens, for a GPU.
 tiny: for tests."""

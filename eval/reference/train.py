@@ -3,10 +3,12 @@
 1. *tower*: the vision tower, on labels of patches and of the CLS token.
 2. *read*: projector and decoder as well, on captions and packed questions. The tower goes on with its labels, but the
    questions do not reach it: asked about images with tokens missing, it would learn to repeat each thing far away.
+3. *rest*: projector and decoder alone, and whole images more often. Where an answer takes two looks (which item costs
+what is asked), the second is learned late, and from images that lack nothing.
 
 A decoder trained on whole images alone breaks when the composition of its visual tokens changes, and then any pruning
-looks bad for a reason of its own. Hence, in phase 2, most batches see only some of the visual tokens, at their original
-positions, chosen in ways that favour no pruning method, and some rows see none.
+looks bad for a reason of its own. Hence many batches of phases 2 and 3 see only some of the visual tokens, at their
+original positions, chosen in ways that favour no pruning method, and some rows see none.
 
 Several processes, as torchrun starts them, share each batch and average their gradients: on two cores two of one thread
 are faster than one of two.
@@ -37,8 +39,8 @@ from vtc.eval.reference.network import FLOAT32, Labels, gather, look, read
 
 BLIND = 0.05
 """Part of the rows that see no visual token, so that a blind answer is an honest guess."""
-WHOLE = 1 / 3
-"""Part of the batches that see every visual token; the others see 5 to 100 %."""
+WHOLE = {"read": 1 / 3, "rest": 1 / 2}
+"""Part of a phase's batches that see every visual token; the others see 5 to 100 %."""
 SAVE_SECONDS = 180
 
 
@@ -121,7 +123,7 @@ class Trainer:
     def run(self, report_every: int, workers: int, compiled: bool) -> None:
         """Train to the end; the first process has a progress bar, reports and checkpoints, and exports."""
         preset, saved, first = self.preset, time.monotonic(), self.processes.is_main_process
-        total = preset.tower_steps + preset.read_steps
+        total = preset.steps
         self.model.train()
         if compiled:  # a narrow model spends most of its time between matrix products
             for layer in (*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers):
@@ -144,15 +146,17 @@ class Trainer:
     def advance(self, batch: Batch) -> float:
         """One optimiser step; returns its loss, of this process's part of the batch."""
         batch = batch.part(self.processes.process_index, self.processes.num_processes)
-        reading = self.step >= self.preset.tower_steps
-        self._set_learning_rate(reading)
+        phase = self._set_learning_rate()
         # a step draws the same, interrupted before or not; and in all processes, so that they read equally many tokens
         generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16):
-            states = look(self.model, batch.pixels.to(self.device))
-            loss = self._tower_loss(batch, states)
-            if reading:
-                loss = loss + self._read_loss(batch, states, generator)
+            with torch.set_grad_enabled(phase != "rest"):
+                states = look(self.model, batch.pixels.to(self.device))
+            loss = torch.zeros((), device=self.device)
+            if phase != "rest":
+                loss = loss + self._tower_loss(batch, states)
+            if phase != "tower":
+                loss = loss + self._read_loss(batch, states, WHOLE[phase], generator)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -172,14 +176,14 @@ class Trainer:
         for gradient, part in zip(gradients, mean.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _set_learning_rate(self, reading: bool) -> None:
-        """Warm-up and a cosine to a twentieth, a phase."""
-        tower = self.preset.tower_steps
-        step, steps = (self.step - tower, self.preset.read_steps) if reading else (self.step, tower)
+    def _set_learning_rate(self) -> str:
+        """Warm-up and a cosine to a twentieth, a phase; the phase's name."""
+        phase, step, steps = self.preset.phase(self.step)
         rate = min(1.0, (step + 1) / min(200, 1 + steps // 10))
         rate *= self.preset.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
+        return phase
 
     def _tower_loss(self, batch: Batch, states: list[Tensor]) -> Tensor:
         """Every patch and the CLS token, by their labels."""
@@ -188,10 +192,10 @@ class Trainer:
         patches = self.labels.patch_loss(self._project(states[-1], keep), keep, words, embedding, self.nothing)
         return patches + self.labels.cls_loss(states, batch.present.to(self.device))
 
-    def _read_loss(self, batch: Batch, states: list[Tensor], generator: torch.Generator) -> Tensor:
+    def _read_loss(self, batch: Batch, states: list[Tensor], whole: float, generator: torch.Generator) -> Tensor:
         """Answers and captions, from a subset of the visual tokens; no gradient to the tower."""
         features = states[-1].detach()
-        keep = subset(features[:, 1:].float().cpu(), generator)
+        keep = subset(features[:, 1:].float().cpu(), whole, generator)
         blind = torch.rand(len(keep), generator=generator) < BLIND
         text = self._pack(batch, keep, generator)
         keep = keep.to(self.device)
@@ -249,14 +253,14 @@ class Trainer:
         return "val answers, " + "; ".join(lines)
 
 
-def subset(features: Tensor, generator: torch.Generator) -> Tensor:
+def subset(features: Tensor, whole: float, generator: torch.Generator) -> Tensor:
     """Which visual tokens a batch sees: sorted indices (batch, kept).
 
-    All of them, or 5 to 100 %: half of the rows at random, half along a random direction in feature space plus noise.
-    No pruning method is used here, so that none is favoured afterwards.
+    With probability `whole` all of them, else 5 to 100 %: half of the rows at random, half along a random direction in
+    feature space plus noise. No pruning method is used here, so that none is favoured afterwards.
     """
     rows, patches, width = features.shape
-    if torch.rand((), generator=generator) < WHOLE:
+    if torch.rand((), generator=generator) < whole:
         return torch.arange(patches).expand(rows, -1)
     kept = max(1, round(patches * (0.05 + 0.95 * torch.rand((), generator=generator).item())))
     noise = torch.randn(rows, patches, generator=generator)
