@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import pickle
 
 import torch
 from models import FAMILIES, prompt
 from table import BATCHES
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
+SHORT = {"do_sample": False, "max_new_tokens": 5}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: _saved_and_loaded(model),
+}
+"""Ways to copy a model or what it returns."""
+
+
+def _saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def logits(model, inputs, **options):

@@ -100,8 +100,8 @@ BATCHES = {  # images of each row, padding side
 
 EACH_KIND = ("uniform", "vtc-cls", "fastv-early", "atp", "vflowopt-plain", "transprune-high", "tally")
 """One setting for each kind of stage and of observation."""
-
-
+SITES = ("vtc-cls", "fastv-early", "transprune-high")
+"""One before the decoder, one early in it and one at two of its layers."""
 EACH_SITE = ("vtc-cls", "fastv-early")
 """One setting that drops before the decoder and one that drops within it."""
 

@@ -7,17 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import oracle
 import pytest
 import torch
+from bare import GREEDY
 from models import FAMILIES, IMAGE, batch, prompt, rows
-from table import METHODS
+from table import METHODS, SITES
 from transformers import CompileConfig, DynamicCache, TextStreamer
 from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
-
-GREEDY = {"do_sample": False, "max_new_tokens": 8}
-SITES = ["vtc-cls", "fastv-early", "transprune-high"]
 
 
 @pytest.fixture(params=FAMILIES)
