@@ -125,7 +125,10 @@ def fit(search: Search, out: Path) -> Method:
 
 
 def measure(model: Any, asked: Sequence[dict[str, Tensor]], method: TallyAdaptive) -> TallyAdaptive:
-    """The method with what stays of prompts, the share of their visual tokens, where each of `HIDDEN` is hidden."""
+    """The method with what stays of prompts, the share of their visual tokens, where each of `HIDDEN` is hidden.
+
+    Raises ValueError where that hardly depends on how much is hidden, so that there is no curve.
+    """
     found: dict[float, float] = {}
     with progress.bar("measuring", len(HIDDEN)) as tick:
         for hidden in HIDDEN:
@@ -133,6 +136,11 @@ def measure(model: Any, asked: Sequence[dict[str, Tensor]], method: TallyAdaptiv
             if max(found, default=0) < share < 1:
                 found[share] = hidden
             tick()
+    if len(found) < 2:
+        raise ValueError(
+            "these images leave as many tokens however much their groups may hide: measure on images like those that "
+            "the model will read, not on plain ones"
+        )
     return replace(method, shares=tuple(found), hides=tuple(found.values()))
 
 

@@ -259,6 +259,12 @@ def test_what_changes_nothing_is_no_point_of_the_curve(monkeypatch):
     assert fitted == TallyAdaptive(shares=(0.1, 0.2, 0.3), hides=tuple(fitting.HIDDEN[n] for n in (0, 2, 5)), power=1.5)
 
 
+def test_images_that_give_no_curve_are_refused(monkeypatch):
+    monkeypatch.setattr(fitting, "_mean_share", lambda *_: 0.0044)
+    with pytest.raises(ValueError, match="not on plain ones"):
+        fitting.measure(None, [], TallyAdaptive())
+
+
 @pytest.fixture(scope="module")
 def fitted(tiny, tmp_path_factory):  # noqa: F811
     """What `vtc fit` as a process writes of a folder of pictures."""

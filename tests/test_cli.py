@@ -141,6 +141,8 @@ def test_every_option_is_read(command):
         ("bench --peers", "No such option: --peers"),
         ("peers --methods fastv", "No such option: --methods"),
         ("peers --new-tokens 2", "No such option: --new-tokens"),
+        ("serve --method none --budget 0.5 --adapt 0.5", "--budget, --adapt: --method none reads all visual tokens"),
+        ("serve --adapt 0.5,0.25 --budget 0.25", "--budget: --adapt names the budgets"),
         ("throughput --budget 64", "use a fraction up to 0.5"),
         ("throughput --budget 51%", "use a fraction up to 0.5"),
     ],

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, need, parse_budgets, split
+from vtc.cli.arguments import Device, Model, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note, note_one, quiet, status, steps
 from vtc.methods import check_names
 
@@ -18,6 +18,7 @@ Megabytes = Annotated[float, typer.Option(min=0.01, help="Largest request, with 
 
 
 def serve(
+    context: typer.Context,
     model: Model = "reference",
     method: Annotated[
         str, typer.Option(help="Of requests that name none; `vtc methods` lists them. 'none': all visual tokens.")
@@ -56,6 +57,10 @@ def serve(
 
       vtc serve --model llava-hf/llava-1.5-7b-hf --adapt 0.5,0.25,0.11 --waiting 32
     """
+    if method == "none":
+        refuse(context, "budget", "adapt", why="--method none reads all visual tokens, and a request names its own")
+    if adapt:
+        refuse(context, "budget", why="--adapt names the budgets")
     budgets = parse_budgets(adapt or budget or "") if adapt or budget else None
     need(*PACKAGES, extra="serve")
     if method != "none":
