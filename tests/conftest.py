@@ -60,3 +60,14 @@ def untouched(request, model, inputs):
     import bare
 
     return bare.untouched(request.node.callspec.params["model"], request.node.callspec.params["inputs"])
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A server of a tiny model, with small bounds."""
+    from serve_fixtures import serving
+
+    from vtc.serve.limits import Limits
+
+    with serving(Limits(body=100_000, pixels=10_000, images=2, new_tokens=20, waiting=30)) as server:
+        yield server

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import functools
 import io
+import json
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from vtc.serve.memory import Memory
 from vtc.serve.prompt import Prompt
 
 NAME = "tiny"
+QUARTER = ("vtc-cls", 0.25)
 NEW = 10
 QUESTIONS = ("what color is the a", "how many is there", "what is of the many color there a is")
 SIZES = Sizes(cache=1024, page=8, batch=48, requests=8, remembered=512)
@@ -168,3 +171,27 @@ def soon(what, seconds: float = 10) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def spoken(question: str, spend, *seen: Image.Image) -> str:
+    """The answer of generate(), as text."""
+    processor = tiny()[1]
+    text = processor.apply_chat_template(chat(question, len(seen)), add_generation_prompt=True)
+    return processor.decode(alone(text, seen, spend), skip_special_tokens=True)
+
+
+def content(reply: httpx.Response) -> str:
+    """Of a reply, whole or in chunks."""
+    assert reply.status_code == 200, reply.text
+    if not reply.headers["content-type"].startswith("text/event-stream"):
+        return reply.json()["choices"][0]["message"]["content"]
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    deltas = [choice["delta"] for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

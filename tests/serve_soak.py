@@ -20,8 +20,7 @@ import time
 import httpx
 import psutil
 import torch
-from serve_fixtures import data_url, soon
-from test_serve_http import free_port
+from serve_fixtures import data_url, free_port, soon
 
 import vtc
 from vtc.eval import load, scenes

@@ -38,7 +38,7 @@ def blocks(page: str, language: str = "") -> list[str]:
     return [text for name, text in found if name == language]
 
 
-SERVED = "127.0.0.1:8000"  # tests/test_serve_http.py runs what is said to `vtc serve`
+SERVED = "127.0.0.1:8000"  # tests/test_serve_process.py runs what is said to `vtc serve`
 WITH_A_SERVER = "demo/README.md"  # tests/test_demo_take.py runs that program, beside a server
 
 

@@ -5,8 +5,7 @@ import threading
 
 import models
 import pytest
-from serve_fixtures import in_a_loop, picture, serving, soon
-from test_serve_http import free_port
+from serve_fixtures import free_port, in_a_loop, picture, serving, soon
 
 from vtc.eval import arms as arms_
 from vtc.eval import clients

@@ -2,8 +2,7 @@
 
 import httpx
 import pytest
-from serve_fixtures import QUESTIONS, picture, request, tiny
-from test_serve_http import QUARTER, free_port, spoken
+from serve_fixtures import QUARTER, QUESTIONS, free_port, picture, request, spoken, tiny
 
 from vtc.serve.replicas import application
 
