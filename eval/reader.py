@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc.eval.reference import SHIPPED
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -106,16 +108,14 @@ class Reader:
 
 
 def model_path(name: str) -> str:
-    """The folder of the shipped reference model for "reference"; any other name is a path or a hub id as it stands.
+    """The folder of a shipped model ("reference", "reference-pages"); any other name is a path or a hub id as it is.
 
     Raises ValueError for what is no model folder, and OSError for a name that neither the hub's cache nor the hub has.
     """
-    if name == "reference":
-        from vtc.eval import reference
-
-        if not (Path(reference.PATH) / "config.json").is_file():
-            raise ValueError(f"the reference model is not in {reference.PATH}: make it with `vtc train reference`")
-        return str(reference.PATH)
+    if (shipped := SHIPPED.get(name)) is not None:
+        if not (shipped / "config.json").is_file():
+            raise ValueError(f"the model {name} is not in {shipped}: make it with `vtc train reference`")
+        return str(shipped)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     path = Path(name).expanduser()
     if looks_like_path and not (path / "config.json").is_file():
@@ -130,7 +130,7 @@ def _find_on_hub(name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    unknown = f"{name!r}: there is no such folder, the one model that ships is 'reference', and the Hugging Face hub"
+    unknown = f"{name!r}: there is no such folder, those that ship are {', '.join(SHIPPED)}, and the Hugging Face hub"
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=5)

@@ -216,7 +216,11 @@ def test_ask_compares_and_saves_an_overlay(tiny, picture, tmp_path):  # noqa: F8
         (["--method", "fastv", "--budget", "1"], 1, "cannot reach 1 of 16 visual tokens"),
         (["--save-overlay", "overlay.abc"], 1, "overlay.abc: name an image file"),
         (["--model", "./nothing-here"], 1, "nothing-here is not a model folder"),
-        (["--model", "nobody/nothing"], 1, "there is no such folder, the one model that ships is 'reference', and"),
+        (
+            ["--model", "nobody/nothing"],
+            1,
+            "no such folder, those that ship are reference, reference-pages, and",
+        ),
     ],
 )
 def test_errors_are_one_line(tiny, picture, options, code, message):  # noqa: F811
@@ -281,7 +285,7 @@ def test_a_scene_and_the_shipped_model(tmp_path):
 def test_the_shipped_model_says_that_it_does_not_know_photos(picture):
     done = run_vtc("ask", picture, "what is this?")
     assert done.returncode == 0
-    assert "knows only its own scenes" in done.stderr
+    assert "knows only its own pictures" in done.stderr
     assert "vtc ask scene" in done.stderr
 
 

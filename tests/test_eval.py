@@ -416,7 +416,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_an_unknown_model_is_asked_for_once(monkeypatch, failure, reason):
     asked = Mock(side_effect=failure)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
-    with pytest.raises(OSError, match=rf"'nobody/nothing': there is no such folder, .*'reference'.*{reason}"):
+    with pytest.raises(OSError, match=rf"'nobody/nothing': there is no such folder, .* reference-pages, .*{reason}"):
         model_path("nobody/nothing")
     asked.assert_called_once()
 

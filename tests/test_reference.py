@@ -289,12 +289,15 @@ def test_the_large_preset_takes_the_same_path():
     assert hidden.shape == (*text.ids.shape, large.text[0])
 
 
-@pytest.mark.skipif(not (reference.PATH / "config.json").exists(), reason="the weights are not there yet")
-def test_the_shipped_weights_answer():
-    processor = AutoProcessor.from_pretrained(reference.PATH)
-    shipped = AutoModelForImageTextToText.from_pretrained(reference.PATH).eval()
-    assert sum(file.stat().st_size for file in reference.PATH.glob("*")) < 40e6
-    examples = scenes.load("test", limit=45)
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("reference", scenes), ("reference-pages", scenes), ("reference-pages", pages)]
+)
+def test_the_shipped_weights_answer(name, benchmark):
+    folder = reference.SHIPPED[name]
+    processor = AutoProcessor.from_pretrained(folder)
+    shipped = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 40e6
+    examples = benchmark.load("test", limit=45)
     prompts = [prompt(processor, example.question) for example in examples]
     inputs = processor(images=[example.image for example in examples], text=prompts, return_tensors="pt", padding=True)
     output = shipped.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]

@@ -101,7 +101,7 @@ def evaluate(
 
       vtc eval --methods vtc-cls,random,smaller-image --budgets 50%,25%,16 --out out/mine --by-task
 
-      vtc eval --benchmark pages --model out/both/model --out out/pages --by-task
+      vtc eval --benchmark pages --model reference-pages --out out/pages --by-task
 
       vtc eval --model llava-hf/llava-1.5-7b-hf --suffix ' Answer with a single word.' --out out/llava
 

@@ -11,7 +11,10 @@ from vtc.install import install_line
 
 Model = Annotated[
     str,
-    typer.Option(help="'reference' (shipped), a model folder, or a Hugging Face id such as llava-hf/llava-1.5-7b-hf."),
+    typer.Option(
+        help="'reference' or 'reference-pages' (shipped), a model folder, or a Hugging Face id such as "
+        "llava-hf/llava-1.5-7b-hf."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Budgets = Annotated[

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from vtc.eval.ask import Answer
 
 EMPTY = "(no answer)"
-SIDE = 96
-"""Pixels of a scene."""
+KNOWN = {"reference": (96,), "reference-pages": (96, 120)}
+"""Pixels of a side of the pictures that a shipped model has seen."""
 SCENE = 0
 """The question of the test split whose picture `vtc ask scene` is about."""
 
@@ -83,10 +83,10 @@ def ask(
         typer.echo(f"{save_overlay}: written, dropped patches are dark", err=True)
     note_one([spend])
     note_above([spend], pruned.total)
-    if model == "reference" and picture.size != (SIDE, SIDE):
+    if model in KNOWN and picture.size not in {(side, side) for side in KNOWN[model]}:
         note(
-            "the shipped model knows only its own scenes (shapes, digits and words on 96 x 96 pixels), so this answer "
-            "means nothing: try `vtc ask scene 'what color is the word?'`, or another --model"
+            "a shipped model knows only its own pictures (scenes of 96 x 96 pixels, and reference-pages pages of 120 x "
+            "120), so this answer means nothing: try `vtc ask scene 'what color is the word?'`, or another --model"
         )
 
 
