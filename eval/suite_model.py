@@ -90,7 +90,7 @@ class Vtc(lmms):
     """A compressed model. Without `method` and `budget` it is the full one.
 
     Args:
-        pretrained: "reference", a model folder or a hub id.
+        pretrained: "reference", "reference-pages", a model folder or a hub id.
         method: a name, a JSON file of `vtc tune`, or a `vtc.Method`.
         budget: as `vtc.wrap` takes it, or "25%"; a budget without a method is an error.
         device: "auto", "cpu", "cuda", ...; with several processes each takes its own.
