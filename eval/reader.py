@@ -216,8 +216,8 @@ def pretrained(name: str = "reference", device: str = "auto") -> tuple[Any, Any]
     """`vtc.eval.load`: the transformers model and its processor, ready to answer batches.
 
     `name` is "reference" (a small model that ships and knows only the scenes of `vtc scene`), "reference-pages" (which
-    knows pages of text, too), a model folder, or a Hugging Face id. `device` is "auto" (CUDA where there is one), "cpu",
-    "cuda:1", ... Raises ValueError and OSError as `model_path`, ValueError for a device that is not there.
+    knows pages of text, too), a model folder, or a Hugging Face id. `device` is "auto" (CUDA where there is one),
+    "cpu", "cuda:1", ... Raises ValueError and OSError as `model_path`, ValueError for a device that is not there.
     """
     reader = load(model_path(name), pick_device(device))
     return reader.model, reader.processor
