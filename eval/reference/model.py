@@ -122,8 +122,8 @@ PRESETS = {
         read_batch=4,
     ),
 }
-"""small: what ships, for 2 CPU cores. both: scenes and pages at 225 visual tokens. large: 576 visual tokens, for a GPU.
-tiny: for tests."""
+"""small: what ships as `reference`, for 2 CPU cores. both: scenes and pages at 225 visual tokens, as `reference-pages`
+(docs/suites.md says how its training differed). large: 576 visual tokens, for a GPU. tiny: for tests."""
 
 
 def benchmark_text(benchmarks: tuple[str, ...] = ("scenes",)) -> list[str]:
