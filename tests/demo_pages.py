@@ -104,6 +104,17 @@ def set_up(page: Page, method="vtc-cls", percent=25) -> None:
         )
 
 
+def set_number(page: Page, label: str, value: float) -> None:
+    """An advanced setting to a value that no other one has; waits until the page knows of it, a moment later."""
+    page.evaluate(
+        "() => { window.told = []; "
+        "document.addEventListener('vtc:settings', event => window.told.push(...event.detail)); }"
+    )
+    page.locator("#advanced").get_by_label(label).fill(str(value))
+    page.keyboard.press("Tab")
+    page.wait_for_function("value => window.told.includes(value)", arg=value)
+
+
 def ask(page: Page) -> None:
     """Ask, and wait until all of the answer is there."""
     answered(page, lambda: page.locator("#ask").click())

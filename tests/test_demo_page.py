@@ -22,6 +22,7 @@ from demo_pages import (
     rect,
     screen,
     set_budget,
+    set_number,
     set_up,
     upload,
     write,
@@ -209,12 +210,10 @@ def test_the_slider_offers_what_the_method_can(page):
 def test_advanced_settings_reach_the_method(page, picture, reader):
     fill(page, picture, method="random")
     page.locator("#advanced").get_by_text("Advanced settings").click()
-    page.locator("#advanced").get_by_label("seed").fill("7")
-    page.keyboard.press("Tab")
+    set_number(page, "seed", 707)
     ask(page)
-    assert kept(page) == last(reader, asked("random", seed=7)).trace.kept()[0].tolist()
-    page.locator("#advanced").get_by_label("seed").fill("8")
-    page.keyboard.press("Tab")
+    assert kept(page) == last(reader, asked("random", seed=707)).trace.kept()[0].tolist()
+    set_number(page, "seed", 808)
     page.get_by_text("Below is the answer before the settings changed").wait_for()
 
 
