@@ -242,7 +242,7 @@ def test_training_asks_for_the_letters_where_they_stand():
     a word of four pixels' height that two rows of patches share."""
     preset = PRESETS["both"]
     for index in range(6):
-        sample = data._sample("pages", "train", 0, index)
+        sample = data._sample("train", 0, "pages", index)
         for fact in (fact for fact in sample.things if fact.kind == "word"):
             left, top, right, bottom = fact.box
             width, found = (right - left) / len(fact.name), set()

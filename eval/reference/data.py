@@ -86,10 +86,7 @@ def labels(benchmarks: tuple[str, ...] = ("scenes",)) -> dict[tuple[str, ...], i
 
 def make_batch(split: scenes.Split, seed: int, start: int, count: int, preset: Preset) -> Batch:
     """Images start .. start + count of the split; of several benchmarks in turn."""
-    samples = []
-    for number in range(start, start + count):
-        benchmark, index = preset.image(number)
-        samples.append(_sample(benchmark, split, seed, index))
+    samples = [_sample(split, seed, *preset.image(number)) for number in range(start, start + count)]
     return Batch(
         pixels=torch.stack([to_pixels(sample.image, preset.size) for sample in samples]),
         patch_words=torch.stack([_patch_words(sample, preset) for sample in samples]),
@@ -98,7 +95,7 @@ def make_batch(split: scenes.Split, seed: int, start: int, count: int, preset: P
     )
 
 
-def _sample(benchmark: str, split: scenes.Split, seed: int, index: int) -> Sample:
+def _sample(split: scenes.Split, seed: int, benchmark: str, index: int) -> Sample:
     if benchmark == "pages":
         image, page, asked = pages.training_page(split, seed, index)
         return Sample(benchmark, image, page.facts, asked)

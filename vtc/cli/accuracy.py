@@ -224,13 +224,12 @@ def faithfulness(
     from vtc.eval import benchmarks
     from vtc.eval import faithfulness as compared
     from vtc.eval.reader import load, model_path, pick_device
+    from vtc.stage import write_json
 
     examples = benchmarks.find(benchmark).load("test", limit, seed)
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
     rows = compared.faithfulness(reader, examples, chosen, bar=True)
     out.mkdir(parents=True, exist_ok=True)
-    from vtc.stage import write_json
-
     write_json(out / "faithfulness.json", rows)
     Console().print(compared.table(rows))

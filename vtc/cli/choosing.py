@@ -124,6 +124,7 @@ def table(
     quiet()
     from vtc.eval import density, standings
     from vtc.eval import table as tables
+    from vtc.stage import write_json
 
     costs = standings.shares([Path(name) for name in split(bench)]) if bench else {}
     asked = tables.Settings(split(models), split(benchmarks), chosen, spend, limit, seed, batch_size, device)
@@ -134,8 +135,6 @@ def table(
         tables.write_curve(answers, out, seed)
     names = list(chosen or tables.comparable())
     standing, means = standings.stand(found, names, against, seed, costs)
-    from vtc.stage import write_json
-
     write_json(out / "table.json", standing)
     (out / "table.md").write_text(text := standings.markdown(standing, means, seed), encoding="utf-8")
     density.picture(means, list(standing["ranks"][standings.ALL]["mean_rank"]), against, out / "density.png")

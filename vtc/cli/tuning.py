@@ -125,14 +125,13 @@ def layers(
     from vtc.eval import layers as probe
     from vtc.eval import scenes
     from vtc.eval.reader import load, model_path, pick_device
+    from vtc.stage import write_json
 
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
     rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
     out.mkdir(parents=True, exist_ok=True)
     asked = {"model": model, "left": left, "limit": limit, "seed": seed}
-    from vtc.stage import write_json
-
     write_json(out / "layers.json", asked | {"rows": rows})
     probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
     Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")
