@@ -37,7 +37,7 @@ TELL = """(...values) => {{ document.dispatchEvent(new CustomEvent("vtc:{0}", {{
 PREVIEW = """watch("value", () => {
     document.dispatchEvent(new CustomEvent("vtc:preview", { detail: JSON.parse(props.value || "null") }));
 });"""
-PRESS = """() => { if (new URLSearchParams(location.search).has("scene")) setTimeout(() => {
+PRESS = """(problem) => { if (!problem && new URLSearchParams(location.search).has("scene")) setTimeout(() => {
     document.querySelector("#ask").click(); }, 200); }"""
 HERE_NOW = """element.querySelector(".origin").textContent = location.origin + location.pathname;"""
 
@@ -158,7 +158,7 @@ class Page:
             **quick,
         )
         restored = self.blocks.load(self._restore, None, [*asking, self.problem], **quick)
-        restored.then(None, None, None, js=PRESS, **quick)
+        restored.then(None, self.problem, None, js=PRESS, **quick)
 
     def _named(self, method: str, values: tuple) -> dict[str, Any]:
         """Of all input fields those of the method, by name."""

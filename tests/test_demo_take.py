@@ -162,9 +162,19 @@ def test_a_link_with_an_image_of_ones_own_says_so(page, picture):
     assert page.locator(".answer .setting").nth(1).inner_text() == "random at 50 %"
 
 
-@pytest.mark.parametrize("query", ["?method=none", "?scene=../../etc&question=x", "?method=fastv&budget=1e9"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?method=none",
+        "?scene=../../etc&question=x",
+        "?method=fastv&budget=1e9",
+        f"?scene={EXAMPLE.question_id}&method=none",
+    ],
+)
 def test_a_link_that_cannot_be_restored_says_so(page, address, query):
     page.goto(address + query)
+    problem(page, "The link")
+    page.wait_for_timeout(600)  # a page that has what it needs asks after 200 ms; this one would say that it lacks it
     problem(page, "The link")
     assert page.locator("#method input").input_value() == "vtc-cls"
 
