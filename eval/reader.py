@@ -114,7 +114,8 @@ def model_path(name: str) -> str:
     """
     if (shipped := SHIPPED.get(name)) is not None:
         if not (shipped / "config.json").is_file():
-            raise ValueError(f"the model {name} is not in {shipped}: make it with `vtc train reference`")
+            how = "`vtc train reference`, with `--preset both` for reference-pages"
+            raise ValueError(f"the model {name} is not in {shipped}: make one like it with {how}")
         return str(shipped)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     path = Path(name).expanduser()
