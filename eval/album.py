@@ -13,10 +13,9 @@ import numpy as np
 import vtc
 from vtc.eval import folder, marking, progress, report
 from vtc.eval.folder import Store
-from vtc.eval.images import open_image
+from vtc.eval.images import list_images, open_image
 from vtc.eval.reader import Reader
 from vtc.eval.rows import Asked
-from vtc.eval.tune import SUFFIXES
 
 QUESTIONS = (
     "what is the main thing in the picture? answer with one word.",
@@ -44,11 +43,7 @@ def find_images(where: Path, bar: bool = False) -> tuple[list[Path], list[str]]:
     Each is opened, so that a broken one is known before any work is done. Raises ValueError for a folder without
     images, and for files that cannot be read, all by name.
     """
-    if not where.is_dir():
-        raise ValueError(f"no such folder of images: {where}")
-    files = sorted(path for path in where.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {where}")
+    files = list_images(where)
     found: dict[str, Path] = {}
     broken: list[str] = []
     with progress.bar("reading images", len(files), shown=bar) as tick:

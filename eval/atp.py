@@ -22,7 +22,7 @@ from torch import Tensor
 
 import vtc
 from vtc.core.call import answering
-from vtc.eval import lessons, scenes
+from vtc.eval import lessons
 from vtc.eval.reader import Reader
 from vtc.methods.atp import Atp
 from vtc.trace import Trace
@@ -59,7 +59,7 @@ def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) ->
     `average`: mean, standard deviation, least and most of the layer average over the questions. `layers`: mean and
     standard deviation of what is left after each pruned layer.
     """
-    examples = scenes.load("val", questions, recipe.seed)
+    examples = lessons.unseen(recipe, questions)
     counts, sizes = [], []
     for first in range(0, len(examples), recipe.batch_size):
         batch = examples[first : first + recipe.batch_size]

@@ -11,10 +11,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 DARK = 0.15
 """Brightness that a dropped patch keeps, so that one still sees what was dropped."""
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of a folder by name, unopened. Raises ValueError where there is no folder or no image."""
+    if not folder.is_dir():
+        raise ValueError(f"no such folder of images: {folder}")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {folder}")
+    return files
 
 
 def open_image(path: Path) -> Image.Image:

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import vtc
-from vtc.eval import progress, scenes
+from vtc.eval import benchmarks, progress
 from vtc.eval.reader import Reader, load, model_path
+from vtc.eval.scenes import Example
 from vtc.stage import Shape
 from vtc.trained import Trained
 
@@ -30,13 +31,22 @@ class Recipe:
     batch_size: int = 32
     learning_rate: float = 1e-2
     seed: int = 0
+    benchmarks: tuple[str, ...] = ("scenes",)
+    """What teaches, a step each in turn."""
 
 
-def questions(reader: Reader, recipe: Recipe, step: int) -> tuple[list[scenes.Example], dict[str, Tensor]]:
+def questions(reader: Reader, recipe: Recipe, step: int) -> tuple[list[Example], dict[str, Tensor]]:
     """The questions of the training split that a step reads, and their prompts."""
-    first = step * recipe.batch_size
-    examples = [scenes.example("train", recipe.seed, first + n) for n in range(recipe.batch_size)]
+    turn, place = divmod(step, len(recipe.benchmarks))
+    benchmark, first = benchmarks.find(recipe.benchmarks[place]), turn * recipe.batch_size
+    examples = [benchmark.example("train", recipe.seed, first + n) for n in range(recipe.batch_size)]
     return examples, reader.inputs([e.image for e in examples], [e.question for e in examples])
+
+
+def unseen(recipe: Recipe, questions: int) -> list[Example]:
+    """Questions of the validation split, as many of each benchmark."""
+    each = questions // len(recipe.benchmarks)
+    return [one for name in recipe.benchmarks for one in benchmarks.find(name).load("val", each, recipe.seed)]
 
 
 def learn(

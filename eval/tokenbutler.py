@@ -23,7 +23,7 @@ from torch import Tensor
 import vtc
 from vtc.choice import Choice, Seen
 from vtc.core.compact import gather_heads
-from vtc.eval import lessons, scenes
+from vtc.eval import lessons
 from vtc.eval.reader import Reader
 from vtc.methods.tokenbutler import Importance, TokenButler
 from vtc.methods.window import question
@@ -59,7 +59,7 @@ def train(recipe: Recipe, out: Path | None = None) -> TokenButler:
 
 def explained(reader: Reader, method: TokenButler, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
     """Of the variance of the logits among an image's tokens, the part that is predicted, on the validation split."""
-    examples, found = scenes.load("val", questions, recipe.seed), []
+    examples, found = lessons.unseen(recipe, questions), []
     for first in range(0, len(examples), recipe.batch_size):
         batch = examples[first : first + recipe.batch_size]
         with torch.inference_mode():

@@ -8,31 +8,34 @@ leave. The budget is fixed: what is searched decides which tokens leave where, n
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 import vtc
-from vtc.eval import progress
-from vtc.eval.images import open_image
+from vtc.eval import benchmarks, progress
+from vtc.eval.album import find_questions
+from vtc.eval.images import list_images, open_image
 from vtc.eval.reader import Reader, load, model_path
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched and how long. `images` is a folder, or "scenes" for training scenes with their questions."""
+    """What is searched and how long.
+
+    `images` is a folder, with `questions` in a file as for `vtc choose`, or a benchmark of this package: its training
+    split has questions of its own.
+    """
 
     model: str = "reference"
     method: str = "vflowopt"
     budget: int | float = 0.25
     images: str = "scenes"
-    questions: tuple[str, ...] = ("describe the image.",)
+    questions: Path | None = None
     samples: int = 30
     trials: int = 50
     seed: int = 0
@@ -108,28 +111,25 @@ def _refused(reader: Reader, method: vtc.Method, name: str, value: float) -> str
 
 
 def batches(reader: Reader, search: Search) -> list[dict[str, Tensor]]:
-    """What a search asks the model."""
-    images, questions = _scenes(search) if search.images == "scenes" else _folder(search)
+    """What a search asks the model. Raises ValueError as `find_questions` and `list_images`."""
+    images, questions = _benchmark(search) if search.images in benchmarks.NAMES else _folder(search)
     step = search.batch_size
     return [reader.inputs(images[n : n + step], questions[n : n + step]) for n in range(0, len(images), step)]
 
 
-def _scenes(search: Search) -> tuple[list, list[str]]:
-    from vtc.eval import scenes
-
-    examples = scenes.load("train", search.samples, search.seed)
+def _benchmark(search: Search) -> tuple[list[Image.Image], list[str]]:
+    examples = benchmarks.find(search.images).load("train", search.samples, search.seed)
     return [example.image for example in examples], [example.question for example in examples]
 
 
-def _folder(search: Search) -> tuple[list, Sequence[str]]:
-    files = sorted(path for path in Path(search.images).iterdir() if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"no image ({', '.join(sorted(SUFFIXES))}) in {search.images}")
-    random.Random(search.seed).shuffle(files)
-    files = files[: search.samples]
-    return [open_image(path) for path in files], [
-        search.questions[n % len(search.questions)] for n in range(len(files))
-    ]
+def _folder(search: Search) -> tuple[list[Image.Image], list[str]]:
+    """All questions about some of a folder's images."""
+    files = list_images(Path(search.images))
+    asked = list(zip(files, find_questions(search.questions, files), strict=True))
+    random.Random(search.seed).shuffle(asked)
+    some = [(file, questions) for file, questions in asked if questions][: search.samples]
+    pairs = [(open_image(file), question) for file, questions in some for question in questions]
+    return [image for image, _ in pairs], [question for _, question in pairs]
 
 
 @torch.inference_mode()

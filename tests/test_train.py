@@ -11,7 +11,8 @@ from models import FAMILIES
 from PIL import Image
 
 import vtc
-from vtc.eval import atp, faithfulness, scenes, tune
+from vtc.eval import atp, faithfulness, lessons, pages, scenes, tune
+from vtc.eval.album import QUESTIONS
 from vtc.eval.reader import Reader, load
 from vtc.methods.vflowopt import VFlowOpt
 
@@ -103,7 +104,8 @@ def test_atp_trains_on_the_gates_of_the_question_alone(checkpoint, monkeypatch):
 def test_tune_finds_no_worse_than_the_defaults_and_writes_a_method(checkpoint, tmp_path):
     for number in range(5):
         Image.effect_noise((40, 40), 90 + number).convert("RGB").save(tmp_path / f"{number}.png")
-    search = tune.Search(str(checkpoint), "vflowopt", 0.25, str(tmp_path), ("what color?",), samples=4, trials=12)
+    (tmp_path / "asked.txt").write_text("what color?")
+    search = tune.Search(str(checkpoint), "vflowopt", 0.25, str(tmp_path), tmp_path / "asked.txt", samples=4, trials=12)
     best, similarity, defaults = tune.tune(search, tmp_path / "best.json")
     assert similarity >= defaults - 1e-6
     assert best != VFlowOpt()
@@ -134,6 +136,40 @@ def test_tune_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, changes, mes
         tune.tune(
             replace(tune.Search(str(checkpoint), images="scenes", samples=2, trials=1), **changes), tmp_path / "x"
         )
+
+
+def test_what_is_asked_about_a_folder(tmp_path):
+    """As `vtc choose` reads it: images without a question are left out, and one may have several."""
+    for number in range(4):
+        scenes.example("val", 0, number).image.save(tmp_path / f"{number}.png")
+    lines = [{"image": f"{n}.png", "question": f"{text} {n}?"} for n in (0, 2, 3) for text in ("what", "where")]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    search = tune.Search(images=str(tmp_path), questions=tmp_path / "asked.jsonl", samples=2)
+    images, questions = tune._folder(search)
+    asked = [int(question[-2]) for question in questions]
+    assert [question.split()[0] for question in questions] == ["what", "where"] * 2
+    assert asked[0] == asked[1] != asked[2] == asked[3]
+    assert 1 not in asked
+    assert all(scenes.example("val", 0, n).image == image for n, image in zip(asked, images, strict=True))
+    assert len(tune._folder(replace(search, samples=9))[1]) == 6
+    assert set(tune._folder(replace(search, questions=None, samples=9))[1]) == set(QUESTIONS)
+
+
+def test_a_benchmark_searches_on_its_training_split():
+    images, questions = tune._benchmark(tune.Search(images="pages", samples=3, seed=5))
+    expected = [pages.example("train", 5, number) for number in range(3)]
+    assert list(zip(images, questions, strict=True)) == [(one.image, one.question) for one in expected]
+
+
+def test_benchmarks_teach_in_turn(checkpoint):
+    reader = load(str(checkpoint), "cpu")
+    recipe = lessons.Recipe(batch_size=2, seed=7, benchmarks=("scenes", "pages"))
+    read = [[one.question for one in lessons.questions(reader, recipe, step)[0]] for step in range(4)]
+    for step, (benchmark, first) in enumerate([(scenes, 0), (pages, 0), (scenes, 2), (pages, 2)]):
+        assert read[step] == [benchmark.example("train", 7, first + n).question for n in range(2)]
+    held = [(one.question_id, one.question) for one in lessons.unseen(recipe, 6)]
+    expected = [one for benchmark in (scenes, pages) for one in benchmark.load("val", 3, 7)]
+    assert held == [(one.question_id, one.question) for one in expected]
 
 
 class Occlusion(vtc.Method):

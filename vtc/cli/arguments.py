@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,13 @@ Model = Annotated[
     typer.Option(
         help="'reference' or 'reference-pages' (shipped), a model folder, or a Hugging Face id such as "
         "llava-hf/llava-1.5-7b-hf."
+    ),
+]
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        help='About the images of a folder. Text, a question a line, asked in turn; or .jsonl: {"image": "a.jpg", '
+        '"question": "..."} a line. Without it four short ones that fit any picture.'
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

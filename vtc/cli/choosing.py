@@ -8,21 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import BatchSize, Budgets, Device, Model, need, parse_budgets, split
-from vtc.cli.terminal import note, note_one, quiet, say
+from vtc.cli.arguments import BatchSize, Budgets, Device, Model, Questions, need, parse_budgets, split
+from vtc.cli.terminal import note, note_one, note_questions, quiet, say
 from vtc.methods import check_names
 
 
 def choose(
     images: Annotated[Path, typer.Option(help="A folder of your images; copies of a file count once.")],
     model: Model = "reference",
-    questions: Annotated[
-        Path | None,
-        typer.Option(
-            help='Text, a question a line, asked in turn; or .jsonl: {"image": "a.jpg", "question": "..."} a line. '
-            "Without it four short ones that fit any picture."
-        ),
-    ] = None,
+    questions: Questions = None,
     agree: Annotated[float, typer.Option(help="The share of images whose answers have to stay as they are.")] = 0.98,
     methods: Annotated[
         str, typer.Option(help="Comma-separated; `vtc methods` lists them.")
@@ -57,15 +51,13 @@ def choose(
 
     model_path(model)
     quiet()
-    from vtc.eval import album
     from vtc.eval import choose as choosing
 
     asked = choosing.Settings(
         str(images), model, str(questions) if questions else None, agree, chosen, spend, seed, batch_size,
         max_new_tokens, device,
     )  # fmt: skip
-    if questions is None:
-        note(f"no --questions: asking in turn {'; '.join(album.QUESTIONS)}")
+    note_questions(questions)
     say(f"loading {model}")
     verdict, refused = choosing.run(asked, out, restart, bar=True)
     for name, reason in refused.items():

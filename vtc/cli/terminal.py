@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -24,6 +25,14 @@ def note_above(budgets: Sequence[int | float], tokens: float) -> None:
     if above := [budget for budget in budgets if isinstance(budget, int) and budget > tokens]:
         asked = ", ".join(map(str, above))
         note(f"a budget of {asked} is above the image's {tokens:g} visual tokens: none are dropped")
+
+
+def note_questions(file: Path | None) -> None:
+    """What is asked about a folder's images where no file says so."""
+    from vtc.eval.album import QUESTIONS
+
+    if file is None:
+        note(f"no --questions: asking in turn {'; '.join(QUESTIONS)}")
 
 
 def say(text: str) -> None:

@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from vtc.cli.arguments import Model, need
+from vtc.cli.arguments import Model, need, split
 from vtc.cli.terminal import quiet
+
+Benchmarks = Annotated[str, typer.Option(help="What teaches, comma-separated: scenes, pages; a step each in turn.")]
+
+
+def taught(names: str) -> tuple[str, ...]:
+    """Raises ValueError for a benchmark that is not there, before any work is done."""
+    from vtc.eval.benchmarks import find
+
+    return tuple(name for name in split(names) if find(name))
 
 
 def reference(
@@ -38,10 +47,11 @@ def atp(
     budget: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the image's tokens.")] = 0.25,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and questions.")] = 0,
+    benchmarks: Benchmarks = "scenes",
     out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
 ) -> None:
-    """Train ATP-LLaVA's thresholds for a frozen model and a budget, on the benchmark's training questions.
+    """Train ATP-LLaVA's thresholds for a frozen model and a budget, on training questions.
 
     Beside them lies report.json: how many tokens stay on unseen questions, how much that varies, and where they leave.
 
@@ -53,17 +63,19 @@ def atp(
     quiet()
     from vtc.eval import atp as trainer
 
-    trainer.train(trainer.Recipe(model, steps, batch_size, seed=seed, budget=budget), out)
+    recipe = trainer.Recipe(model, steps, batch_size, seed=seed, benchmarks=taught(benchmarks), budget=budget)
+    trainer.train(recipe, out)
 
 
 def tokenbutler(
     model: Model = "reference",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and questions.")] = 0,
+    benchmarks: Benchmarks = "scenes",
     out: Annotated[Path | None, typer.Option(help="Default: beside the checkpoint, where vtc.wrap looks.")] = None,
 ) -> None:
-    """Train TokenButler's predictor for a frozen model and every budget, on the benchmark's training questions.
+    """Train TokenButler's predictor for a frozen model and every budget, on training questions.
 
     Beside it lies report.json: how much of what each layer attends to is predicted, on unseen questions.
 
@@ -75,4 +87,4 @@ def tokenbutler(
     quiet()
     from vtc.eval import tokenbutler as trainer
 
-    trainer.train(trainer.Recipe(model, steps, batch_size, seed=seed), out)
+    trainer.train(trainer.Recipe(model, steps, batch_size, seed=seed, benchmarks=taught(benchmarks)), out)

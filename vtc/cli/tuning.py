@@ -9,22 +9,26 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import BatchSize, Device, Model, need, parse_budget, refuse
-from vtc.cli.terminal import note_one, quiet, say
+from vtc.cli.arguments import BatchSize, Device, Model, Questions, need, parse_budget, refuse
+from vtc.cli.terminal import note_one, note_questions, quiet, say
+from vtc.eval.benchmarks import NAMES
 from vtc.methods import check_names
 
 Images = Annotated[
-    str, typer.Option(help="A folder of images, or 'scenes' for the benchmark's training split with its questions.")
+    str,
+    typer.Option(help="A folder of images, or the training split of a benchmark, with its questions: scenes, pages."),
 ]
-Question = Annotated[str, typer.Option(help="What is asked about the images of a folder.")]
 Samples = Annotated[int, typer.Option(min=1, help="Images.")]
 
 
-def _check_images(context: typer.Context, images: str) -> None:
-    """Scenes need what draws them, and ask for themselves."""
-    if images == "scenes":
-        refuse(context, "question", why="scenes bring their own; name a folder with --images")
+def _begin(context: typer.Context, images: str, questions: Path | None) -> None:
+    """Benchmarks need what draws them, and ask for themselves."""
+    if images in NAMES:
+        refuse(context, "questions", why=f"{images} bring their own; name a folder with --images")
         need("sklearn", extra="eval")
+    quiet()
+    if images not in NAMES:
+        note_questions(questions)
 
 
 def tune(
@@ -33,7 +37,7 @@ def tune(
     budget: Annotated[str, typer.Option(help="0.25, 25% or 64 (tokens per image); it stays fixed.")] = "0.25",
     model: Model = "reference",
     images: Images = "scenes",
-    question: Question = "describe the image.",
+    questions: Questions = None,
     samples: Samples = 30,
     trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
@@ -43,20 +47,21 @@ def tune(
 
     Bayesian optimisation of how little the last prompt token's final state changes when tokens leave.
 
-    Example:
+    Examples:
 
       vtc tune --method vflowopt --budget 0.11 --samples 60 --out out/vflowopt.json
+
+      vtc tune --method tally --model llava-hf/llava-1.5-7b-hf --images photos --questions questions.jsonl
     """
     spend = parse_budget(budget)
     check_names(method)
     need("optuna", "scipy", extra="tune")
-    _check_images(context, images)
     note_one([spend])
-    quiet()
+    _begin(context, images, questions)
     from vtc.eval import tune as tuning
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    search = tuning.Search(model, method, spend, images, (question,), samples, trials, seed)
+    search = tuning.Search(model, method, spend, images, questions, samples, trials, seed)
     best, similarity, defaults = tuning.tune(search, out)
     typer.echo(f"{best}\nsimilarity {similarity:.4f}, with the defaults {defaults:.4f}; written to {out}")
 
@@ -71,7 +76,7 @@ def fit(
     ] = "0.25",
     model: Model = "reference",
     images: Images = "scenes",
-    question: Question = "describe the image.",
+    questions: Questions = None,
     samples: Samples = 65,
     seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
     out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/fitted.json"),
@@ -89,9 +94,8 @@ def fit(
     """
     spend = parse_budget(budget)
     check_names(method)
-    _check_images(context, images)
     note_one([spend])
-    quiet()
+    _begin(context, images, questions)
     from vtc.eval import fit as fitting
     from vtc.eval.tune import Search
 
@@ -99,14 +103,15 @@ def fit(
         refuse(context, "budget", why=f"{method} is fitted to all budgets, and the file takes any")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    search = Search(model, method, spend, images, (question,), samples, seed=seed)
+    search = Search(model, method, spend, images, questions, samples, seed=seed)
     typer.echo(f"{fitting.fit(search, out)}\nwritten to {out}")
 
 
 def layers(
     model: Model = "reference",
+    benchmark: Annotated[str, typer.Option(help="scenes or pages.")] = "scenes",
     left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
-    limit: Annotated[int, typer.Option(min=1, help="Questions of the scenes' validation split.")] = 450,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of the benchmark's validation split.")] = 450,
     seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
     batch_size: BatchSize = 32,
     device: Device = "auto",
@@ -114,24 +119,30 @@ def layers(
 ) -> None:
     """Draw which decoder layers read the image: what is lost when it leaves before each of them.
 
-    Agreement with the full model needs no labels; the accuracy of a model that does not know scenes says nothing.
+    Agreement with the full model needs no labels; accuracy says nothing of a model that cannot read the benchmark.
 
-    Example:
+    Examples:
 
       vtc layers --limit 200 --out out/layers
+
+      vtc layers --model reference-pages --benchmark pages --out out/layers-pages
     """
     need("matplotlib", "sklearn", extra="eval")
     quiet()
+    from vtc.eval import benchmarks
     from vtc.eval import layers as probe
-    from vtc.eval import scenes
     from vtc.eval.reader import load, model_path, pick_device
     from vtc.stage import write_json
 
+    found = benchmarks.find(benchmark)
+    if hasattr(found, "MEASURE"):
+        raise typer.BadParameter(f"answers of {benchmark} are not right or wrong: use scenes or pages")
+    examples = found.load("val", limit, seed)
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
-    rows = probe.read(reader, scenes.load("val", limit, seed), left, batch_size, seed)
+    rows = probe.read(reader, examples, left, batch_size, seed)
     out.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "left": left, "limit": limit, "seed": seed}
+    asked = {"model": model, "benchmark": benchmark, "left": left, "limit": limit, "seed": seed}
     write_json(out / "layers.json", asked | {"rows": rows})
-    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of scenes (validation)")
+    probe.picture(rows, out / "layers.png", f"{model}, {limit} questions of {benchmark} (validation)")
     Console().print(probe.table(rows), f"{escape(str(out))}: layers.png, layers.json")
