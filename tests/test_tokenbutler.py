@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vtc
-from vtc.eval import tokenbutler
+from vtc.eval import scenes, tokenbutler
 from vtc.eval.reader import load
 from vtc.methods.predictor import Predictor
 from vtc.methods.tokenbutler import TokenButler
@@ -283,9 +283,9 @@ def test_training_teaches_and_wrap_finds_it(checkpoint, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return found
 
-    example = tokenbutler.scenes.example
+    example = scenes.example
     monkeypatch.setattr(tokenbutler, "missed", watched)
-    monkeypatch.setattr(tokenbutler.scenes, "example", lambda *args: (split.append(args[0]), example(*args))[1])
+    monkeypatch.setattr(scenes, "example", lambda *args: (split.append(args[0]), example(*args))[1])
     recipe = tokenbutler.Recipe(str(checkpoint), steps=60, batch_size=4, learning_rate=1e-2)
     trained = tokenbutler.train(recipe)
     assert sum(errors[50:60]) < 0.7 * sum(errors[:10])
