@@ -51,13 +51,15 @@ def choose(
 
     model_path(model)
     quiet()
+    from vtc.eval import album
     from vtc.eval import choose as choosing
 
     asked = choosing.Settings(
         str(images), model, str(questions) if questions else None, agree, chosen, spend, seed, batch_size,
         max_new_tokens, device,
     )  # fmt: skip
-    note_questions(questions)
+    if questions is None:
+        note_questions(album.QUESTIONS)
     say(f"loading {model}")
     verdict, refused = choosing.run(asked, out, restart, bar=True)
     for name, reason in refused.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -27,12 +26,8 @@ def note_above(budgets: Sequence[int | float], tokens: float) -> None:
         note(f"a budget of {asked} is above the image's {tokens:g} visual tokens: none are dropped")
 
 
-def note_questions(file: Path | None) -> None:
-    """What is asked about a folder's images where no file says so."""
-    from vtc.eval.album import QUESTIONS
-
-    if file is None:
-        note(f"no --questions: asking in turn {'; '.join(QUESTIONS)}")
+def note_questions(asked: Sequence[str]) -> None:
+    note(f"no --questions: asking in turn {'; '.join(asked)}")
 
 
 def say(text: str) -> None:

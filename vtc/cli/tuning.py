@@ -22,13 +22,15 @@ Samples = Annotated[int, typer.Option(min=1, help="Images.")]
 
 
 def _begin(context: typer.Context, images: str, questions: Path | None) -> None:
-    """Benchmarks need what draws them, and ask for themselves."""
+    """Refuse what a benchmark does not read, load what all need, and say what a folder is asked by default."""
     if images in NAMES:
         refuse(context, "questions", why=f"{images} bring their own; name a folder with --images")
         need("sklearn", extra="eval")
     quiet()
-    if images not in NAMES:
-        note_questions(questions)
+    from vtc.eval.album import QUESTIONS
+
+    if images not in NAMES and questions is None:
+        note_questions(QUESTIONS)
 
 
 def tune(
