@@ -84,10 +84,7 @@ def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Ans
         raise ValueError(
             f"{own[0]} names a budget, and all methods of a table run at the same: take it out of the file"
         )
-    if long := [name for name in settings.benchmarks if hasattr(benchmarks.find(name), "LONGEST")]:
-        raise ValueError(
-            f"the table ranks answers of one word, and {long[0]} asks for long ones: `vtc eval --benchmark {long[0]}`"
-        )
+    benchmarks.check_one_word(settings.benchmarks)
     found, elsewhere = [], 0
     for model in dict.fromkeys(settings.models):
         reader = load(model_path(model), pick_device(settings.device))

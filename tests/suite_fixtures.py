@@ -13,7 +13,7 @@ from eval_fixtures import TEMPLATE, WORDS, _tokenizer
 from PIL import ImageFile
 
 from vtc.eval import suites, tasks
-from vtc.eval.reference import PATH
+from vtc.eval.reference import SHIPPED
 
 TASKS = "vtc_scenes,pope,ai2d"
 LIMIT = 7
@@ -62,7 +62,8 @@ def torchrun(*command):
 def lmms_eval(launch, out, budget):
     """`python -m lmms_eval --model vtc`: (results, samples by task in the order of their questions)."""
     done = launch(
-        "lmms_eval", "--model", "vtc", "--model_args", f"pretrained={PATH},method=vtc-cls,budget={budget}",
+        "lmms_eval", "--model", "vtc",
+        "--model_args", f"pretrained={SHIPPED['reference']},method=vtc-cls,budget={budget}",
         "--tasks", TASKS, "--include_path", tasks.PATH, "--limit", LIMIT, "--batch_size", 4, "--device", "cpu",
         "--output_path", out, "--log_samples",
     )  # fmt: skip

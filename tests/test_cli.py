@@ -139,7 +139,7 @@ def test_every_option_is_read(command):
         ("faithfulness --budgets 0.5", "No such option: --budgets"),
         ("tune --questions why.txt", "--questions: scenes bring their own"),
         ("fit --images pages --questions why.txt", "--questions: pages bring their own"),
-        ("layers --benchmark captions", "answers of captions are not right or wrong"),
+        ("layers --benchmark captions", "answers of captions are long, and not right or wrong"),
         ("bench --peers", "No such option: --peers"),
         ("peers --methods fastv", "No such option: --methods"),
         ("peers --new-tokens 2", "No such option: --new-tokens"),

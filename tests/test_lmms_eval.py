@@ -25,7 +25,7 @@ import vtc
 from vtc import adapter
 from vtc.cli import about
 from vtc.eval import marking, scenes, suites, tasks
-from vtc.eval.reference import PATH
+from vtc.eval.reference import SHIPPED
 
 # -- lmms-eval's own command ----------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ def test_full_answers_are_those_of_the_built_in_wrapper(model):
     from lmms_eval import evaluator
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
-    theirs = LlavaHf(str(PATH), device="cpu", device_map="cpu", dtype="float32", batch_size=1)
+    theirs = LlavaHf(str(SHIPPED["reference"]), device="cpu", device_map="cpu", dtype="float32", batch_size=1)
     found = []
     for lm in (theirs, model):
         loaded = list(suites.load_tasks(SETTINGS.tasks).values())

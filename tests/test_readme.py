@@ -16,7 +16,7 @@ import vtc
 from vtc import cli, install
 from vtc.cli import about
 from vtc.eval import scenes
-from vtc.eval.reference import PATH
+from vtc.eval.reference import SHIPPED
 from vtc.methods import described
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     for number, block in enumerate(blocks(page, "python")):
         if SERVED in block:
             continue
-        local = re.sub(r'"[\w.-]+-hf/[\w.-]+"', repr(str(PATH)), block)
+        local = re.sub(r'"[\w.-]+-hf/[\w.-]+"', repr(str(SHIPPED["reference"])), block)
         exec(compile(local, f"{page}, Python block {number}", "exec"), names)
 
 

@@ -13,7 +13,7 @@ from suite_fixtures import SETTINGS, data, start, tiny_llava_next  # noqa: F401 
 
 import vtc
 from vtc.eval import scenes, suites, tasks
-from vtc.eval.reference import PATH
+from vtc.eval.reference import SHIPPED
 from vtc.eval.tasks import field
 
 SMALL = replace(SETTINGS, tasks=("pope",), methods=("uniform",), budgets=(0.25,), limit=4)
@@ -257,7 +257,7 @@ def test_each_image_is_decided_by_itself(data, tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_named(data, tmp_path):
-    shutil.copytree(PATH, tmp_path / "model")
+    shutil.copytree(SHIPPED["reference"], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):

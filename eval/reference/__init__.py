@@ -5,6 +5,6 @@
 
 from pathlib import Path
 
-PATH = Path(__file__).parent / "weights"
-SHIPPED = {"reference": PATH, "reference-pages": PATH.with_name("weights-pages")}
+HERE = Path(__file__).parent
+SHIPPED = {"reference": HERE / "weights", "reference-pages": HERE / "weights-pages"}
 """reference reads scenes; reference-pages scenes and pages."""

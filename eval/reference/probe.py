@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vtc.eval import benchmarks as known
 from vtc.eval import scenes
-from vtc.eval.reference import PATH
+from vtc.eval.reference import SHIPPED
 from vtc.eval.reference.data import Pack, make_batch, pack, to_pixels
 from vtc.eval.reference.model import PRESETS, Preset, shared_tokenizer
 from vtc.eval.reference.network import cls_attention, gather, look, read
@@ -116,7 +116,7 @@ def _chunks(examples: Sequence[scenes.Example], size: int) -> Iterator[Sequence[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=PATH)
+    parser.add_argument("folder", nargs="?", type=Path, default=SHIPPED["reference"])
     parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--limit", type=int, default=1080)
     parser.add_argument("--benchmark", default="scenes", choices=("scenes", "pages"))

@@ -136,10 +136,8 @@ def layers(
     from vtc.eval.reader import load, model_path, pick_device
     from vtc.stage import write_json
 
-    found = benchmarks.find(benchmark)
-    if hasattr(found, "MEASURE"):
-        raise typer.BadParameter(f"answers of {benchmark} are not right or wrong: use scenes or pages")
-    examples = found.load("val", limit, seed)
+    benchmarks.check_one_word([benchmark])
+    examples = benchmarks.find(benchmark).load("val", limit, seed)
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
     rows = probe.read(reader, examples, left, batch_size, seed)
