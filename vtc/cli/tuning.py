@@ -136,7 +136,10 @@ def layers(
     from vtc.eval.reader import load, model_path, pick_device
     from vtc.stage import write_json
 
-    benchmarks.check_one_word([benchmark])
+    try:
+        benchmarks.check_one_word([benchmark])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     examples = benchmarks.find(benchmark).load("val", limit, seed)
     say(f"loading {model}")
     reader = load(model_path(model), pick_device(device))
