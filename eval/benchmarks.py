@@ -5,7 +5,6 @@ One may name what it measures (MEASURE, else accuracy) and how long its answers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -19,8 +18,9 @@ def find(name: str) -> ModuleType:
     return import_module(f"vtc.eval.{name}")
 
 
-def check_one_word(names: Iterable[str]) -> None:
-    """Raise ValueError for a benchmark whose answers are not one word, which is right or wrong."""
-    for name in names:
-        if hasattr(find(name), "MEASURE"):
-            raise ValueError(f"answers of {name} are long, and not right or wrong: use scenes or pages")
+def check_one_word(name: str) -> None:
+    """Raise ValueError for a benchmark whose answers are not one word, right or wrong, and as `find`."""
+    if hasattr(find(name), "MEASURE"):
+        raise ValueError(
+            f"answers of {name} are long, and not right or wrong: use scenes or pages, or `vtc eval --benchmark {name}`"
+        )

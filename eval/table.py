@@ -84,7 +84,8 @@ def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Ans
         raise ValueError(
             f"{own[0]} names a budget, and all methods of a table run at the same: take it out of the file"
         )
-    benchmarks.check_one_word(settings.benchmarks)
+    for benchmark in settings.benchmarks:
+        benchmarks.check_one_word(benchmark)
     found, elsewhere = [], 0
     for model in dict.fromkeys(settings.models):
         reader = load(model_path(model), pick_device(settings.device))

@@ -137,7 +137,7 @@ def layers(
     from vtc.stage import write_json
 
     try:
-        benchmarks.check_one_word([benchmark])
+        benchmarks.check_one_word(benchmark)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     examples = benchmarks.find(benchmark).load("val", limit, seed)
