@@ -67,7 +67,9 @@ def picture(means: Sequence[Scores], methods: Sequence[str], against: str, path:
     figure.supxlabel("density of the image: bits a patch (bins of equally many questions)", fontsize=9)
     figure.supylabel("accuracy less the full model's, points", fontsize=9)
     labels = [(name, {"color": report.COLOURS[i], "marker": report.MARKERS[i]}) for i, name in enumerate(coloured)]
-    labels += [(against, {"color": "0.2", "linestyle": "--"}), (f"{len(methods)} methods in all", {"color": "0.8"})]
+    if against in methods:
+        labels.append((against, {"color": "0.2", "linestyle": "--"}))
+    labels.append((f"{len(methods)} methods in all", {"color": "0.8"}))
     for name, style in labels:
         figure.axes[0].plot([], [], label=name, **style)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)

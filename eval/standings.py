@@ -23,6 +23,7 @@ from vtc.eval import mis, report
 from vtc.eval.table import Answers
 
 ALL = "all"
+FULL = "full"
 OTHERS = (*report.ALWAYS, mis.SWAPPED)
 
 Arm = tuple[str, vtc.Budget]
@@ -109,7 +110,7 @@ class Cell(TypedDict):
     accuracy_high: float
     agreement: float
     versus: float | None
-    """The gain over the method that all are compared with, where both are at this budget; paired."""
+    """The gain over what all are compared with, where both are within this budget; paired."""
     versus_low: float | None
     versus_high: float | None
     needing: float | None
@@ -118,7 +119,7 @@ class Cell(TypedDict):
 
 
 def cells(scores: Scores, against: str, seed: int) -> list[Cell]:
-    """A cell an arm."""
+    """A cell an arm. `against` is a method at the same budget, or "full", the model with all tokens."""
     draws, found = report.bootstrap(scores.correct, seed), []
     for i, (method, budget) in enumerate(scores.arms):
         low, high = report.interval(draws[:, i])
@@ -140,7 +141,7 @@ def cells(scores: Scores, against: str, seed: int) -> list[Cell]:
             "needing": float(scores.correct[scores.needs, i].mean()) if scores.needs.any() else None,
             "needing_n": int(scores.needs.sum()),
         }
-        other = (against, budget)
+        other = (against, 1.0 if against == FULL else budget)
         if method not in (*OTHERS, against) and other in scores.arms and cell["reached"] and scores.reached(other):
             j = scores.column(other)
             cell["versus"] = float((scores.correct[:, i] - scores.correct[:, j]).mean())

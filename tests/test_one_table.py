@@ -151,6 +151,15 @@ def test_cells_by_hand():
     assert [found[name]["versus"] for name in ("full", "blind", "random")] == [None] * 3
 
 
+def test_the_whole_model_is_compared_with_at_every_budget():
+    one = scores(
+        {("a", 0.5): [1, 1, 0, 1], ("a", 0.1): [0, 1, 0, 0], ("b", 0.1): [1] * 4}, [*"xxyy"], floor={("b", 0.1)}
+    )
+    found = standings.cells(one, "full", seed=0)
+    assert [cell["versus"] for cell in found] == [None, None, -0.25, -0.75, None]
+    assert found[2]["versus_low"] < -0.25 < found[2]["versus_high"] == 0.0
+
+
 @pytest.mark.parametrize("floor", ["a", "random"])
 def test_above_the_budget_nothing_is_compared(floor):
     marks = {("a", 0.5): [1, 1, 0, 1], ("random", 0.5): [1, 0, 0, 1]}
@@ -263,4 +272,5 @@ def test_the_picture_hangs_on_the_figures(tmp_path):
     density.picture([one], ["a", "b", "random"], "random", tmp_path / "one.png")
     one.correct[:, one.column(("a", 0.1))] = 1
     density.picture([one], ["a", "b", "random"], "random", tmp_path / "two.png")
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+    density.picture([one], ["a", "b", "random"], "full", tmp_path / "three.png")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3

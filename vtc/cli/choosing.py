@@ -86,7 +86,9 @@ def table(
     budgets: Budgets = "0.5,0.25,0.11,0.05",
     limit: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
-    against: Annotated[str, typer.Option(help="The method that paired intervals compare all others with.")] = "random",
+    against: Annotated[
+        str, typer.Option(help="The method that paired intervals compare all others with, or 'full': the whole model.")
+    ] = "random",
     bench: Annotated[
         str, typer.Option(help="Comma-separated JSON files of `vtc bench` or `vtc selection`: what choosing costs.")
     ] = "",
@@ -109,8 +111,9 @@ def table(
       for core in 1 2; do OMP_NUM_THREADS=1 vtc table --out out/table & done; wait; vtc table --out out/table
     """
     chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
-    check_names(*(chosen or ()), against)
-    if chosen and against not in chosen:
+    whole = against == "full"
+    check_names(*(chosen or ()), *(() if whole else (against,)))
+    if chosen and not whole and against not in chosen:
         chosen = (*chosen, against)
         note(f"{against} is run, too: it is what the others are compared with (--against)")
     need("matplotlib", "sklearn", "scipy", extra="eval")
