@@ -19,7 +19,8 @@ def test_the_logits_of_a_call_do_not_decide_what_is_pruned(model, method):
     for wanted in (1, 2, 6, length - 1, length, length + 5, torch.tensor([3, length - 2])):
         some = logits(model, inputs, logits_to_keep=wanted)
         assert all(map(torch.equal, model.vtc.trace.kept(), kept))
-        assert torch.equal(some, whole[:, wanted if isinstance(wanted, torch.Tensor) else slice(-wanted, None)])
+        asked = whole[:, wanted if isinstance(wanted, torch.Tensor) else slice(-wanted, None)]
+        torch.testing.assert_close(some, asked, atol=1e-6, rtol=1e-5)  # a smaller product may round otherwise
 
 
 @each_site

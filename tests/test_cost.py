@@ -208,7 +208,7 @@ def test_an_unknown_shape_is_named():
 @torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit)  # which `bench` raises
 def test_compiled_layers_keep_as_many_tokens(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    model, arms = llava(), [("vtc-cls", 0.4)]
+    model, arms = llava(layers=2), [("vtc-cls", 0.4)]
     case = bench.Case(prompt_tokens=12, new_tokens=2, rounds=1)
     (plain,) = bench.bench(model, arms, case)
     (row,) = bench.bench(model, arms, replace(case, compiled=True))

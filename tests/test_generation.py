@@ -343,11 +343,11 @@ def test_steps_with_nothing_to_do_are_one_graph(llava, images):
 
 @torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize(
-    ("setting", "whole"), [("vtc-cls", "model"), ("fastv-early", "model"), ("fastv-early", "layers")]
+    ("method", "whole"), [(vtc.VtcCls(), "model"), (vtc.FastV(layer=1), "model"), (vtc.FastV(layer=1), "layers")]
 )
-def test_compiled_steps_do_not_hide_a_later_image(setting, whole):
+def test_compiled_steps_do_not_hide_a_later_image(method, whole):
     """Text is read, and steps are compiled without hooks; then an image comes, which is pruned as ever."""
-    plain, compiled = (FAMILIES["llava"].build(layers=4) for _ in range(2))
+    plain, compiled = (FAMILIES["llava"].build(layers=2) for _ in range(2))
     few = GREEDY | {"max_new_tokens": 3}
     for module in [compiled] if whole == "model" else oracle.layers(compiled):
         module.compile(backend="eager")
@@ -361,7 +361,7 @@ def test_compiled_steps_do_not_hide_a_later_image(setting, whole):
         again = model.generate(**second, **few)
         return first.sequences, again, model.vtc.trace.kept()[0]
 
-    expected, got = (answers(vtc.wrap(model, *METHODS[setting])) for model in (plain, compiled))
+    expected, got = (answers(vtc.wrap(model, method, 0.6)) for model in (plain, compiled))
     assert all(map(torch.equal, got, expected))
     assert len(got[2]) < 36
 
@@ -433,7 +433,8 @@ def test_flash_attention_gets_a_padding_mask_or_none(llava):
         assert torch.equal(mask.sum(1), text + kept[:, layer])
 
 
-def test_flex_attention_gets_a_block_mask(llava):
+def test_flex_attention_gets_a_block_mask(llava, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # the mask is what matters, not who makes it
     padded = prompt(llava, (2, 0, 1))
     vtc.wrap(llava, "fastv", 0.4)
     masks = masks_of(llava, "flex_attention", padded)
