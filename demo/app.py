@@ -32,7 +32,7 @@ def serve(
     inspector = Inspector(reader, name)
     page = build(inspector, chosen(method, inspector.tokens)).queue(max_size=WAITING, default_concurrency_limit=4)
     _, address, _ = page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if host and ":" in host and "]" not in host else host,  # as gradio wants IPv6
         server_port=port,
         share=False,
         run_history=False,

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import socket
 import subprocess
 import sys
 
@@ -116,6 +117,15 @@ def test_neither_help_nor_errors_wait_for_torch(picture, monkeypatch, arguments,
     done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == str(code)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "serve"])
+def test_an_address_in_use_is_told_before_a_model_is_loaded(command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = [command, "--port", str(taken.getsockname()[1])]
+        done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "1"
+    assert re.fullmatch(r"error: Address already in use .*: choose another --port or --host\n", done.stderr)
 
 
 @pytest.mark.parametrize("command", [*cli.COMMANDS.values(), training.reference, training.atp, training.tokenbutler])

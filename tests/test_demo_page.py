@@ -27,7 +27,6 @@ from demo_pages import (
     upload,
     write,
 )
-from eval_fixtures import start_vtc
 from PIL import Image
 
 from vtc.demo.asking import HandPicked
@@ -307,13 +306,6 @@ def test_a_problem_is_in_view_on_a_phone(browser, address):
             setTimeout(settled, 2000);
         })""")
         assert page.evaluate(IN_VIEW)
-
-
-def test_a_port_in_use_is_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = start_vtc("demo", "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_only_this_machine_unless_told_otherwise(address):

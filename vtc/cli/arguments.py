@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -72,3 +73,13 @@ def need(*modules: str, extra: str) -> None:
     """Refuse before any work is done when an optional dependency is missing."""
     if missing := [module for module in modules if find_spec(module) is None]:
         raise ModuleNotFoundError(f"this needs {', '.join(missing)}: {install_line(extra)}")
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that nothing can listen at, before a model is loaded. IPv6 may stand in brackets."""
+    host = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(f"{error.strerror}: choose another --port or --host") from None

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import Device, Model, need, parse_budget
+from vtc.cli.arguments import Device, Model, check_address, need, parse_budget
 from vtc.cli.terminal import note, note_above, note_one, quiet, status
 from vtc.methods import check_names
 
@@ -164,6 +164,7 @@ def demo(
     """
     need("gradio", "sklearn", extra="demo")
     check_names(method)
+    check_address(host, port)
     from vtc.eval.reader import load, model_path, pick_device
 
     path = model_path(model)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, need, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_address, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note, note_one, quiet, status, steps
 from vtc.methods import check_names
 
@@ -65,6 +65,7 @@ def serve(
     need(*PACKAGES, extra="serve")
     if method != "none":
         check_names(method)
+    check_address(host, port)
     note_one(budgets or ())
     from vtc.eval.reader import load, model_path, pick_device
 
