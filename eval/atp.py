@@ -7,11 +7,14 @@ The model is frozen; only the thresholds learn, through soft gates, from the nex
 
 Tokens are counted as vtc counts budgets, averaged over the decoder layers, where the paper's re-implementations average
 over the modules; both terms are fractions of the image's tokens, so that the weights mean the same for any resolution.
-The gates get steeper while the training runs, so that soft and hard agree in the end.
+The gates get steeper while the training runs, so that soft and hard agree in the end. Where they do not, as scores lie
+close to their thresholds, the thresholds on redundancy are moved by one constant until the hard drop meets the budget.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +25,17 @@ from torch import Tensor
 
 import vtc
 from vtc.core.call import answering
-from vtc.eval import lessons
+from vtc.eval import lessons, progress
 from vtc.eval.reader import Reader
 from vtc.methods.atp import Atp
 from vtc.trace import Trace
+
+CALIBRATING = 8
+"""Batches that thresholds are moved on."""
+NEAR = 0.01
+"""How far from the budget the hard drop may end, as a fraction of an image's tokens."""
+FURTHEST, HALVINGS = 8.0, 10
+"""How far the thresholds can be moved, before the sigmoid, and how often the way is halved."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,53 @@ def train(recipe: Recipe, out: Path | None = None) -> Atp:
     def report(reader: Reader, method: Atp) -> dict[str, Any]:
         return {"spread": spread(reader, method, recipe)}
 
-    return lessons.learn(Atp().untrained, recipe, out, f"{Atp.name}/{recipe.budget:g}", loss, report)
+    def finish(reader: Reader, method: Atp) -> Atp:
+        return calibrated(reader, method, recipe)
+
+    folder = f"{Atp.name}/{recipe.budget:g}"
+    return lessons.learn(Atp().untrained, recipe, out, folder, loss, report, finish=finish)
+
+
+def calibrated(reader: Reader, method: Atp, recipe: Recipe) -> Atp:
+    """With thresholds that leave `recipe.budget` on average, on training questions behind those of the steps.
+
+    The same method where it is met to `NEAR` as it is. A budget that is out of reach is missed as little as it can be.
+    """
+    prompts = [lessons.questions(reader, recipe, recipe.steps + n)[1] for n in range(CALIBRATING)]
+
+    def above(shift: float) -> float:
+        return shares(reader, _moved(method, shift), prompts).mean().item() - recipe.budget
+
+    if abs(above(0.0)) <= NEAR:
+        return method
+    low, high = -FURTHEST, FURTHEST  # the higher the thresholds, the fewer tokens
+    with progress.bar("calibrating", HALVINGS) as tick:
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle) > 0 else (low, middle)
+            tick()
+    return _moved(method, (low + high) / 2)
+
+
+def _moved(method: Atp, shift: float) -> Atp:
+    """With `shift` on what the sigmoids of the thresholds on redundancy are given."""
+    modules = copy.deepcopy(method.modules)
+    assert modules is not None
+    with torch.no_grad():
+        for module in modules:
+            module.redundant.bias += shift
+    return replace(method, modules=modules)
+
+
+@torch.inference_mode()
+def shares(reader: Reader, method: Atp, prompts: Iterable[dict[str, Tensor]]) -> Tensor:
+    """(questions, layers): what the hard drop leaves before each layer, as a fraction of an image's tokens."""
+    found = []
+    for inputs in prompts:
+        with vtc.compressed(reader.model, method) as trace:
+            reader.model(**inputs)
+        found.append(trace.tokens_per_layer / torch.tensor(trace.sizes)[:, None])
+    return torch.cat(found)
 
 
 def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
@@ -59,21 +115,16 @@ def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) ->
     `average`: mean, standard deviation, least and most of the layer average over the questions. `layers`: mean and
     standard deviation of what is left after each pruned layer.
     """
-    examples = lessons.unseen(recipe, questions)
-    counts, sizes = [], []
-    for first in range(0, len(examples), recipe.batch_size):
-        batch = examples[first : first + recipe.batch_size]
-        with vtc.compressed(reader.model, method) as trace:
-            reader.answers(reader.inputs([e.image for e in batch], [e.question for e in batch]), max_new_tokens=1)
-        counts.append(trace.tokens_per_layer)
-        sizes += trace.sizes
-    shares = torch.cat(counts) / torch.tensor(sizes)[:, None]
-    average = shares.mean(1)
-    layers = [stage.site for stage in trace.stages]
+    examples, size = lessons.unseen(recipe, questions), recipe.batch_size
+    batches = [examples[first : first + size] for first in range(0, len(examples), size)]
+    prompts = (reader.inputs([e.image for e in batch], [e.question for e in batch]) for batch in batches)
+    left = shares(reader, method, prompts)
+    average = left.mean(1)
+    layers = [stage.site for stage in method.stages(vtc.adapter.find(reader.model).shape())]
     return {
         "average": {name: getattr(average, name)().item() for name in ("mean", "std", "min", "max")},
         "layers": {
-            layer: {name: getattr(shares[:, layer], name)().item() for name in ("mean", "std")} for layer in layers
+            layer: {name: getattr(left[:, layer], name)().item() for name in ("mean", "std")} for layer in layers
         },
         "questions": len(examples),
     }

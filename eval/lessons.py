@@ -57,6 +57,7 @@ def learn(
     loss: Callable[[Reader, M, int], tuple[Tensor, str]],
     report: Callable[[Reader, M], dict[str, Any]],
     pace: Callable[[float], float] = lambda done: 1.0,
+    finish: Callable[[Reader, M], M] = lambda reader, method: method,
 ) -> M:
     """Train the modules of a method, save them and return the method with them. Beside them lies report.json.
 
@@ -68,6 +69,7 @@ def learn(
         loss: of the method, its modules in training, at a step; and what the bar is to say.
         report: what report.json has to tell of the trained method.
         pace: the learning rate's factor when this part of the steps is done.
+        finish: what is done to the trained method before it is saved.
     """
     path = model_path(recipe.model)
     out = out or Path(path) / folder
@@ -92,7 +94,7 @@ def learn(
             tick(say=f"{method.name}: {said}")
             if (step + 1) % 50 == 0:
                 _save(out, recipe, modules, optimizer, step + 1)
-    trained = replace(method, modules=accelerator.unwrap_model(modules).eval())
+    trained = finish(reader, replace(method, modules=accelerator.unwrap_model(modules).eval()))
     trained.save_pretrained(out)
     told = {"recipe": asdict(recipe), **report(reader, trained)}
     (out / "report.json").write_text(json.dumps(told, indent=2) + "\n")

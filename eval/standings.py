@@ -289,7 +289,12 @@ def markdown(standing: Standing, means: Sequence[Scores], seed: int) -> str:
 def _figure(cell: Cell, full: Cell) -> str:
     half = (cell["accuracy_high"] - cell["accuracy_low"]) / 2
     figure = f"{100 * cell['accuracy']:.1f} ± {100 * half:.1f} ({100 * cell['agreement']:.0f})"
-    return figure if cell["reached"] else f"floor: {figure} at {cell['tokens'] / full['tokens']:.0%}"
+    asked, share = cell["budget"], cell["tokens"] / full["tokens"]
+    if isinstance(asked, int):
+        asked /= full["tokens"]
+    if not cell["reached"]:
+        return f"floor: {figure} at {share:.0%}"
+    return figure if math.isclose(share, asked, rel_tol=0.1) else f"{figure} at {share:.0%}"
 
 
 def _legend(

@@ -160,6 +160,22 @@ def test_the_whole_model_is_compared_with_at_every_budget():
     assert found[2]["versus_low"] < -0.25 < found[2]["versus_high"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("budget", "tokens", "reached", "shown"),
+    [
+        (0.5, 70.0, True, "90.0 ± 2.0 (95)"),
+        (0.5, 40.0, True, "90.0 ± 2.0 (95) at 28%"),
+        (72, 70.0, True, "90.0 ± 2.0 (95)"),
+        (72, 100.0, True, "90.0 ± 2.0 (95) at 69%"),
+        (0.05, 23.0, False, "floor: 90.0 ± 2.0 (95) at 16%"),
+    ],
+)
+def test_what_is_not_at_its_budget_says_so(budget, tokens, reached, shown):
+    cell = {"budget": budget, "tokens": tokens, "reached": reached, "agreement": 0.95}
+    cell |= {"accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.92}
+    assert standings._figure(cell, {"tokens": 144.0}) == shown
+
+
 @pytest.mark.parametrize("floor", ["a", "random"])
 def test_above_the_budget_nothing_is_compared(floor):
     marks = {("a", 0.5): [1, 1, 0, 1], ("random", 0.5): [1, 0, 0, 1]}

@@ -48,6 +48,20 @@ def test_atp_learns_its_budget_and_wrap_finds_it(checkpoint):
     shutil.rmtree(checkpoint / "atp")
 
 
+@pytest.mark.parametrize("budget", [0.35, 0.7])
+def test_thresholds_are_moved_to_the_budget_and_left_alone_where_they_meet_it(checkpoint, budget):
+    reader = load(str(checkpoint), "cpu")
+    asked = recipe(checkpoint, budget=budget, batch_size=8)
+    torch.manual_seed(0)
+    method = atp.Atp().untrained(vtc.adapter.find(reader.model).shape(), 8)
+    bias = method.modules.eval()[0].redundant.bias.clone()
+    moved = atp.calibrated(reader, method, asked)
+    prompts = (lessons.questions(reader, asked, asked.steps + n)[1] for n in range(atp.CALIBRATING))
+    assert atp.shares(reader, moved, prompts).mean().item() == pytest.approx(budget, abs=0.01)
+    assert torch.equal(method.modules[0].redundant.bias, bias)
+    assert atp.calibrated(reader, moved, asked) is moved
+
+
 def test_atp_training_resumes_as_if_it_had_never_stopped(checkpoint, tmp_path, monkeypatch):
     whole = atp.train(recipe(checkpoint, steps=52), tmp_path / "whole")
     calls, loss = [], atp._loss
