@@ -29,7 +29,7 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
 # lmms-eval goes last and without what it declares: that includes torchvision, whose wheel for CUDA does not even import
