@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
+from vtc.core.patch import sees
 
 
 @pytest.fixture(params=FAMILIES)
@@ -364,6 +365,15 @@ def test_compiled_steps_do_not_hide_a_later_image(method, whole):
     expected, got = (answers(vtc.wrap(model, method, 0.6)) for model in (plain, compiled))
     assert all(map(torch.equal, got, expected))
     assert len(got[2]) < 36
+
+
+def test_a_graph_without_an_image_is_not_taken_for_one_with():
+    """torch.compile does not guard on bool(dict): what {} was compiled to was run with an image, too."""
+    seen = torch.compile(lambda given, x: (sees(given), x + 1), backend="eager")
+    encoded = {"image": torch.zeros(2, 2)}
+    calls = [{}, {"mm_encoder_outputs": None}, {"mm_encoder_outputs": {}}, {"mm_encoder_outputs": encoded}]
+    calls += [{"pixel_values": None}, {"pixel_values": torch.zeros(2)}, {"pixel_values_videos": torch.zeros(2)}]
+    assert [seen(given, torch.zeros(1))[0] for given in calls] == [False, False, False, True, False, True, True]
 
 
 def test_what_torch_compile_returns_is_refused(llava):

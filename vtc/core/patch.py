@@ -66,7 +66,7 @@ def compiled_out(args: tuple, kwargs: dict[str, Any]) -> bool:
 def sees(given: dict[str, Any]) -> bool:
     """Whether a call is given an image or a video."""
     pixels = (given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-    return any(pixels) or bool(given.get("mm_encoder_outputs"))
+    return any(pixels) or len(given.get("mm_encoder_outputs") or ()) > 0  # dynamo guards a length, not bool(dict)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
