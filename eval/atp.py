@@ -115,10 +115,8 @@ def spread(reader: Reader, method: Atp, recipe: Recipe, questions: int = 256) ->
     `average`: mean, standard deviation, least and most of the layer average over the questions. `layers`: mean and
     standard deviation of what is left after each pruned layer.
     """
-    examples, size = lessons.unseen(recipe, questions), recipe.batch_size
-    batches = [examples[first : first + size] for first in range(0, len(examples), size)]
-    prompts = (reader.inputs([e.image for e in batch], [e.question for e in batch]) for batch in batches)
-    left = shares(reader, method, prompts)
+    examples = lessons.unseen(recipe, questions)
+    left = shares(reader, method, lessons.prompts(reader, recipe, examples))
     average = left.mean(1)
     layers = [stage.site for stage in method.stages(vtc.adapter.find(reader.model).shape())]
     return {

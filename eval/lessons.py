@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,13 @@ def unseen(recipe: Recipe, questions: int) -> list[Example]:
     """Questions of the validation split, as many of each benchmark."""
     each = questions // len(recipe.benchmarks)
     return [one for name in recipe.benchmarks for one in benchmarks.find(name).load("val", each, recipe.seed)]
+
+
+def prompts(reader: Reader, recipe: Recipe, examples: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
+    """The prompts of these questions, a batch at a time."""
+    for first in range(0, len(examples), recipe.batch_size):
+        batch = examples[first : first + recipe.batch_size]
+        yield reader.inputs([e.image for e in batch], [e.question for e in batch])
 
 
 def learn(

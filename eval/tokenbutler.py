@@ -59,11 +59,9 @@ def train(recipe: Recipe, out: Path | None = None) -> TokenButler:
 
 def explained(reader: Reader, method: TokenButler, recipe: Recipe, questions: int = 256) -> dict[str, Any]:
     """Of the variance of the logits among an image's tokens, the part that is predicted, on the validation split."""
-    examples, found = lessons.unseen(recipe, questions), []
-    for first in range(0, len(examples), recipe.batch_size):
-        batch = examples[first : first + recipe.batch_size]
-        with torch.inference_mode():
-            found.append(missed(reader, method, reader.inputs([e.image for e in batch], [e.question for e in batch])))
+    examples = lessons.unseen(recipe, questions)
+    with torch.inference_mode():
+        found = [missed(reader, method, prompts) for prompts in lessons.prompts(reader, recipe, examples)]
     error, variance = torch.cat(found, dim=2).mean(2)
     return {"layers": (1 - error / variance).tolist(), "questions": len(examples)}
 

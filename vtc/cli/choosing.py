@@ -111,9 +111,9 @@ def table(
       for core in 1 2; do OMP_NUM_THREADS=1 vtc table --out out/table & done; wait; vtc table --out out/table
     """
     chosen, spend = split(methods) if methods else None, parse_budgets(budgets)
-    whole = against == "full"
-    check_names(*(chosen or ()), *(() if whole else (against,)))
-    if chosen and not whole and against not in chosen:
+    check_names(*(chosen or ()))
+    check_names(against, also=("full",))
+    if chosen and against not in (*chosen, "full"):
         chosen = (*chosen, against)
         note(f"{against} is run, too: it is what the others are compared with (--against)")
     need("matplotlib", "sklearn", "scipy", extra="eval")
