@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector, which torch and gradio call often, need not walk it again."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -55,15 +55,12 @@ def _wait(server: subprocess.Popen, address: str, seconds: float = 120) -> None:
     raise TimeoutError(f"{address} did not answer in {seconds:.0f} s")
 
 
-@contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium() -> dict:
+    """What both kinds of a browser are launched with."""
     path = shutil.which("chromium")
     if path is None:
         raise RuntimeError("the demo's tests need Chromium: apt-get install -y --no-install-recommends chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield browser
-        browser.close()
+    return {"executable_path": path, "args": list(FLAGS)}
 
 
 @contextmanager

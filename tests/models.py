@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,6 +284,10 @@ def pixels(generator, *shape: int, size: int) -> Tensor:
     return (levels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
+FEATURES: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+"""Of each model, what `counted` asked it."""
+
+
 def one_crop(model, generator, number: int) -> Item:
     """An image of a fixed size."""
     size = model.config.vision_config.image_size
@@ -291,10 +296,16 @@ def one_crop(model, generator, number: int) -> Item:
 
 
 def counted(model, tensors: dict[str, Tensor]) -> Item:
-    """With as many placeholders as the model makes features."""
-    with torch.no_grad():
-        features = model.base_model.get_image_features(**collated([Row([], [Item([], tensors)])])).pooler_output
-    return Item([IMAGE] * sum(map(len, features)), tensors)
+    """With as many placeholders as the model makes features: their number hangs on shapes and sizes, not on pixels."""
+    known = FEATURES.setdefault(model, {})
+    key = tuple(
+        (name, t.shape, None if t.is_floating_point() else tuple(t.flatten().tolist())) for name, t in tensors.items()
+    )
+    if key not in known:
+        with torch.no_grad():
+            features = model.base_model.get_image_features(**collated([Row([], [Item([], tensors)])])).pooler_output
+        known[key] = sum(map(len, features))
+    return Item([IMAGE] * known[key], tensors)
 
 
 def anyres(model, generator, number: int) -> Item:

@@ -11,7 +11,7 @@ from models import FAMILIES, prompt, visual
 from PIL import Image
 from table import SHAPE
 from test_promises import accounts_for_every_token
-from test_tally import price
+from test_tally import prices
 
 import vtc
 from vtc.choice import Seen
@@ -29,10 +29,10 @@ FITTED = TallyAdaptive(shares=(0.1, 0.3, 0.7), hides=(0.5, 0.2, 0.1))
 
 def grouped(states, tokens, count, allowance):
     """The source map of one image: in each round its cheapest pairs are joined, as long as the allowance pays them."""
-    states, groups = states.double(), [[token] for token in tokens]
+    groups = [[token] for token in tokens]
     while True:
-        nearest = [min((price(states, a, b), j) for j, b in enumerate(groups) if j != i) for i, a in enumerate(groups)
-                   if len(groups) > 1]  # fmt: skip
+        costs = prices(states, groups) if len(groups) > 1 else []
+        nearest = [min((cost, j) for j, cost in enumerate(row) if j != i) for i, row in enumerate(costs)]
         pairs = sorted((cost, i, j) for i, (cost, j) in enumerate(nearest) if i < j and nearest[j][1] == i)
         joined = 0
         for cost, i, j in pairs[: min((len(pairs) + 1) // 2, len(groups) - max(1, count))]:

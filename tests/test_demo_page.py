@@ -79,7 +79,7 @@ def test_the_right_answer_of_a_scene_stands_beside(page, picture):
     assert page.locator(".truth, .verdict").count() == 0
 
 
-def test_an_empty_answer_is_said(browser, page, reader, monkeypatch):
+def test_an_empty_answer_is_said(page, reader, monkeypatch):
     monkeypatch.setattr(reader.processor.tokenizer, "decode", lambda *args, **kwargs: " ")
     choose(page)
     ask(page)

@@ -124,10 +124,11 @@ def test_full_answers_are_those_of_the_built_in_wrapper(model):
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
     theirs = LlavaHf(str(SHIPPED["reference"]), device="cpu", device_map="cpu", dtype="float32", batch_size=1)
-    found = []
+    index, found = suites._manager(), []
     for lm in (theirs, model):
         loaded = list(suites.load_tasks(SETTINGS.tasks).values())
-        found.append(evaluator.simple_evaluate(model=lm, tasks=loaded, limit=LIMIT, bootstrap_iters=0))
+        run = evaluator.simple_evaluate(model=lm, tasks=loaded, limit=LIMIT, bootstrap_iters=0, task_manager=index)
+        found.append(run)
     given = [{task: [reply(s) for s in run["samples"][task]] for task in SETTINGS.tasks} for run in found]
     assert len({text for texts in given[0].values() for text in texts}) > 5
     assert given[0] == given[1]
@@ -161,7 +162,11 @@ def test_an_oracle_gets_full_marks_of_the_true_metrics(model, monkeypatch):
     loaded = suites.load_tasks(
         ("vtc_scenes", "vtc_pages", "pope", "mme", "gqa", "textvqa_val", "scienceqa_img", "ai2d")
     )
-    found = evaluator.simple_evaluate(model=model, tasks=list(loaded.values()), limit=8, bootstrap_iters=0)["results"]
+    index = suites._manager()
+    run = evaluator.simple_evaluate(
+        model=model, tasks=[*loaded.values()], limit=8, bootstrap_iters=0, task_manager=index
+    )
+    found = run["results"]
     assert found["vtc_scenes"]["accuracy,none"] == found["vtc_pages"]["accuracy,none"] == 1
     assert found["pope"]["pope_accuracy,none"] == 7 / 8
     assert found["ai2d"]["exact_match,flexible-extract"] == 7 / 8

@@ -79,9 +79,12 @@ def commands(text: str) -> list[list[str]]:
     return calls
 
 
+VTC = typer.main.get_command(cli.app)
+
+
 def refuse_unknown(arguments: list[str], whole: bool) -> None:
     """Raises for a command or an option that does not exist; of a `whole` call also for what is missing or too much."""
-    command, name = typer.main.get_command(cli.app), "vtc"
+    command, name = VTC, "vtc"
     while arguments and arguments[0] in getattr(command, "commands", ()):
         command, name = command.commands[arguments[0]], arguments[0]
         arguments = arguments[1:]

@@ -168,7 +168,7 @@ def test_errors_of_the_model_are_raised(model, monkeypatch):
     monkeypatch.setattr(type(model.reader), "generate", fails)
     loaded = list(suites.load_tasks(("vtc_scenes",)).values())
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator.simple_evaluate(model=model, tasks=loaded, limit=2, bootstrap_iters=0)
+        evaluator.simple_evaluate(model=model, tasks=loaded, limit=2, bootstrap_iters=0, task_manager=suites._manager())
 
 
 def test_unknown_methods_name_the_known(tmp_path):

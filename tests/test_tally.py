@@ -1,5 +1,7 @@
 """Our own method, against loops: which patches join, what a group is, which groups the question leaves."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -17,17 +19,22 @@ from vtc.methods.ward import ward
 from vtc.stage import Shape
 
 
-def price(states, a, b):
-    """What joining two groups costs: n m / (n + m) times the squared distance of their means."""
-    apart = sum(states[i] for i in a) / len(a) - sum(states[i] for i in b) / len(b)
-    return len(a) * len(b) / (len(a) + len(b)) * float(apart @ apart)
+def prices(states, groups):
+    """What joining two groups costs, [a][b]: n m / (n + m) times the squared distance of their means, made anew."""
+    rows = states.double().tolist()
+    means = [[sum(channel) / len(group) for channel in zip(*(rows[i] for i in group), strict=True)] for group in groups]
+    return [
+        [len(a) * len(b) / (len(a) + len(b)) * math.dist(means[i], means[j]) ** 2 for j, b in enumerate(groups)]
+        for i, a in enumerate(groups)
+    ]
 
 
 def grouped(states, tokens, count):
-    """The source map of one image, whose `tokens` are joined until `count` groups are left; means made anew."""
-    states, groups = states.double(), [[token] for token in tokens]
+    """The source map of one image, whose `tokens` are joined until `count` groups are left."""
+    groups = [[token] for token in tokens]
     while len(groups) > max(1, count):
-        nearest = [min((price(states, a, b), j) for j, b in enumerate(groups) if j != i) for i, a in enumerate(groups)]
+        costs = prices(states, groups)
+        nearest = [min((cost, j) for j, cost in enumerate(row) if j != i) for i, row in enumerate(costs)]
         pairs = sorted((cost, i, j) for i, (cost, j) in enumerate(nearest) if i < j and nearest[j][1] == i)
         for _, i, j in pairs[: min((len(pairs) + 1) // 2, len(groups) - max(1, count))]:
             groups[i], groups[j] = groups[i] + groups[j], []

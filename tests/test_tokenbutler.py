@@ -90,12 +90,15 @@ def predicted(states, weights):
     inner = [linear(x, "narrow", weights) for x in states]
     qkv, narrow = [linear(x, "qkv", weights) for x in inner], len(inner[0])
     grown = []
+    heads = range(0, narrow, 16)
+    turned_keys = {
+        head: [turned(x[narrow + head : narrow + head + 16], s) for s, x in enumerate(qkv)] for head in heads
+    }
     for t in range(len(states)):
         mixed = []
-        for head in range(0, narrow, 16):
+        for head in heads:
             query = turned(qkv[t][head : head + 16], t)
-            keys = [turned(qkv[s][narrow + head : narrow + head + 16], s) for s in range(t + 1)]
-            paid = softmax([dot(query, key) for key in keys])
+            paid = softmax([dot(query, key) for key in turned_keys[head][: t + 1]])
             values = [qkv[s][2 * narrow + head : 2 * narrow + head + 16] for s in range(t + 1)]
             mixed += [sum(p * value[i] for p, value in zip(paid, values, strict=True)) for i in range(16)]
         x = [a + b for a, b in zip(inner[t], mixed, strict=True)]
@@ -105,13 +108,11 @@ def predicted(states, weights):
         x = [(v - mean) / scale * g + b for v, g, b in zip(x, gain, shift, strict=True)]
         grown.append([a + b for a, b in zip(states[t], mlp(x, "feed", weights), strict=True)])
     queries, keys = ([mlp(x, name, weights) for x in grown] for name in ("query", "key"))
-    return [
-        [
-            [dot(turned(q[c : c + 16], t), turned(k[c : c + 16], s)) for s, k in enumerate(keys)]
-            for t, q in enumerate(queries)
-        ]
-        for c in range(0, len(queries[0]), 16)
-    ]
+    logits = []
+    for c in range(0, len(queries[0]), 16):
+        q, k = ([turned(x[c : c + 16], place) for place, x in enumerate(given)] for given in (queries, keys))
+        logits.append([[dot(query, key) for key in k] for query in q])
+    return logits
 
 
 def normed(model, inputs):

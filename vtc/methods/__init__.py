@@ -42,14 +42,20 @@ def described() -> dict[str, tuple[str, str]]:
 
     Of a method of another package, where it is.
     """
+    others = {entry.name: (f"of another package: {entry.value}", "") for entry in entry_points(group="vtc.methods")}
+    return dict(sorted((_own() | others).items()))
+
+
+@cache
+def _own() -> dict[str, tuple[str, str]]:
+    """Those of vtc: a file tells the same as long as the process runs."""
     found = {}
     for path in Path(__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and "name" in (texts := _texts(node)):
                 lines = (ast.get_docstring(node) or "").splitlines() or [""]
                 found[texts["name"]] = lines[0], texts["paper"]
-    found |= {entry.name: (f"of another package: {entry.value}", "") for entry in entry_points(group="vtc.methods")}
-    return dict(sorted(found.items()))
+    return found
 
 
 def check_names(*names: str, also: Sequence[str] = ()) -> None:
