@@ -16,7 +16,7 @@ from vtc.eval.reader import Reader, load, model_path
 
 @pytest.fixture(scope="session")
 def reader() -> Reader:
-    speed.ROUNDS = 2  # the figures are not what these tests are about
+    speed.ROUNDS = 1  # the figures are not what these tests are about
     return load(model_path("reference"), "cpu", max_new_tokens=64)
 
 
