@@ -105,7 +105,11 @@ def set_up(page: Page, method="vtc-cls", percent=25) -> None:
 
 
 def set_number(page: Page, label: str, value: float) -> None:
-    """An advanced setting to a value that no other one has; waits until the page knows of it, a moment later."""
+    """An advanced setting to a value that no other one has; waits until the page knows of it, a moment later.
+
+    No visitor is there in a tenth of a second after a box is shown, in which gradio still gives it its first value.
+    """
+    page.wait_for_timeout(500)
     page.evaluate(
         "() => { window.told = []; "
         "document.addEventListener('vtc:settings', event => window.told.push(...event.detail)); }"
