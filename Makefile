@@ -28,8 +28,9 @@ quick: $(READY)
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+	$(PY) -m mypy & types=$$!; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal || exit; \
+	wait $$types || { echo "mypy found errors: they stand above, before the tests" >&2; exit 1; }
 
 # torch goes first and alone, so that the extra index of a machine decides between its CPU and CUDA builds.
 # lmms-eval goes last and without what it declares: that includes torchvision, whose wheel for CUDA does not even import

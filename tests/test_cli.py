@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import vtc
 from vtc import cli
 from vtc.cli import pictures, training
-from vtc.cli.arguments import parse_budget, parse_budgets
+from vtc.cli.arguments import check_address, parse_budget, parse_budgets
 from vtc.eval import scenes
 from vtc.eval.ask import Answer
 from vtc.methods import described
@@ -126,6 +126,11 @@ def test_an_address_in_use_is_told_before_a_model_is_loaded(command):
         done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "1"
     assert re.fullmatch(r"error: Address already in use .*: choose another --port or --host\n", done.stderr)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])  # as IPv6 is written, which not every machine has
+def test_a_host_may_stand_in_brackets(host):
+    assert check_address(host, 0) == "127.0.0.1"
 
 
 @pytest.mark.parametrize("command", [*cli.COMMANDS.values(), training.reference, training.atp, training.tokenbutler])

@@ -75,11 +75,13 @@ def need(*modules: str, extra: str) -> None:
         raise ModuleNotFoundError(f"this needs {', '.join(missing)}: {install_line(extra)}")
 
 
-def check_address(host: str, port: int) -> None:
-    """Refuse an address that nothing can listen at, before a model is loaded. IPv6 may stand in brackets."""
+def check_address(host: str, port: int) -> str:
+    """The host, without the brackets in which IPv6 may stand; refuses, before a model is loaded, an address that
+    nothing can listen at."""
     host = host.strip("[]")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise OSError(f"{error.strerror}: choose another --port or --host") from None
+    return host

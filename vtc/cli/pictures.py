@@ -164,7 +164,7 @@ def demo(
     """
     need("gradio", "sklearn", extra="demo")
     check_names(method)
-    check_address(host, port)
+    host = check_address(host, port)
     from vtc.eval.reader import load, model_path, pick_device
 
     path = model_path(model)

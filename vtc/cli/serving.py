@@ -65,7 +65,7 @@ def serve(
     need(*PACKAGES, extra="serve")
     if method != "none":
         check_names(method)
-    check_address(host, port)
+    host = check_address(host, port)
     note_one(budgets or ())
     from vtc.eval.reader import load, model_path, pick_device
 
@@ -84,7 +84,8 @@ def serve(
         server = Server(reader.model, reader.processor, name or model, chosen, budgets, limits, sizes)
     if server.chat.why_alone:
         note(f"requests are answered one after the other: {server.chat.why_alone}")
-    typer.echo(f"http://{host}:{port}/v1 serves {name or model}", err=True)
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"http://{shown}:{port}/v1 serves {name or model}", err=True)
     server.start()
     try:
         asyncio.run(server.serve(host, port))
