@@ -284,15 +284,15 @@ def pixels(generator, *shape: int, size: int) -> Tensor:
     return (levels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-FEATURES: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
-"""Of each model, what `counted` asked it."""
-
-
 def one_crop(model, generator, number: int) -> Item:
     """An image of a fixed size."""
     size = model.config.vision_config.image_size
     tensors = {"pixel_values": pixels(generator, 1, size=size if isinstance(size, int) else size[0])}
     return counted(model, tensors)
+
+
+FEATURES: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+"""Of each model, what `counted` asked it."""
 
 
 def counted(model, tensors: dict[str, Tensor]) -> Item:

@@ -163,6 +163,14 @@ def results(runs: Engine, prompts: Sequence[Prompt], new: int = NEW) -> list[lis
     return [found[name] for name in names]
 
 
+def healthy(url: str) -> bool:
+    """Whether a server answers; asked often, so without the certificates that httpx would read at each call."""
+    try:
+        return httpx.get(f"{url}/health", verify=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def soon(what, seconds: float = 10) -> bool:
     """Whether something becomes true."""
     end = time.monotonic() + seconds

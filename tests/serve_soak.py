@@ -20,7 +20,7 @@ import time
 import httpx
 import psutil
 import torch
-from serve_fixtures import data_url, free_port, soon
+from serve_fixtures import data_url, free_port, healthy, soon
 
 import vtc
 from vtc.eval import load, scenes
@@ -148,13 +148,8 @@ def main() -> None:
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}"
 
-    def up() -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{url}/health").status_code == 200
-        return False
-
     try:
-        assert soon(up, 300)
+        assert soon(lambda: healthy(url), 300)
         start = time.monotonic()
         compare(url, options.requests, options.clients)
         soak(url, psutil.Process(server.pid), options.soak, options.clients)

@@ -42,6 +42,15 @@ def data(tmp_path_factory):
         yield folder
 
 
+def evaluated(lm, loaded, limit=LIMIT) -> dict:
+    """What lmms-eval itself makes of loaded tasks, with the index that this process has read."""
+    from lmms_eval import evaluator
+
+    return evaluator.simple_evaluate(
+        model=lm, tasks=[*loaded.values()], limit=limit, bootstrap_iters=0, task_manager=suites._manager()
+    )
+
+
 def start(*command, **environment):
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],

@@ -11,7 +11,7 @@ from models import FAMILIES, prompt, visual
 from PIL import Image
 from table import SHAPE
 from test_promises import accounts_for_every_token
-from test_tally import prices
+from test_tally import pairs
 
 import vtc
 from vtc.choice import Seen
@@ -31,11 +31,8 @@ def grouped(states, tokens, count, allowance):
     """The source map of one image: in each round its cheapest pairs are joined, as long as the allowance pays them."""
     groups = [[token] for token in tokens]
     while True:
-        costs = prices(states, groups) if len(groups) > 1 else []
-        nearest = [min((cost, j) for j, cost in enumerate(row) if j != i) for i, row in enumerate(costs)]
-        pairs = sorted((cost, i, j) for i, (cost, j) in enumerate(nearest) if i < j and nearest[j][1] == i)
-        joined = 0
-        for cost, i, j in pairs[: min((len(pairs) + 1) // 2, len(groups) - max(1, count))]:
+        near, joined = pairs(states, groups), 0
+        for cost, i, j in near[: min((len(near) + 1) // 2, len(groups) - max(1, count))]:
             if cost > allowance:
                 break
             groups[i], groups[j], allowance, joined = groups[i] + groups[j], [], allowance - cost, joined + 1

@@ -13,6 +13,7 @@ from suite_fixtures import (  # noqa: F401 (fixtures)
     LIMIT,
     SETTINGS,
     data,
+    evaluated,
     model,
     one,
     replies,
@@ -120,15 +121,10 @@ def test_two_processes_answer_as_one(one, two):
 
 def test_full_answers_are_those_of_the_built_in_wrapper(model):
     pytest.importorskip("decord", reason="lmms-eval's llava_hf imports it, and it is not built for this machine")
-    from lmms_eval import evaluator
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
     theirs = LlavaHf(str(SHIPPED["reference"]), device="cpu", device_map="cpu", dtype="float32", batch_size=1)
-    index, found = suites._manager(), []
-    for lm in (theirs, model):
-        loaded = list(suites.load_tasks(SETTINGS.tasks).values())
-        run = evaluator.simple_evaluate(model=lm, tasks=loaded, limit=LIMIT, bootstrap_iters=0, task_manager=index)
-        found.append(run)
+    found = [evaluated(lm, suites.load_tasks(SETTINGS.tasks)) for lm in (theirs, model)]
     given = [{task: [reply(s) for s in run["samples"][task]] for task in SETTINGS.tasks} for run in found]
     assert len({text for texts in given[0].values() for text in texts}) > 5
     assert given[0] == given[1]
@@ -140,7 +136,6 @@ def test_full_answers_are_those_of_the_built_in_wrapper(model):
 
 def test_an_oracle_gets_full_marks_of_the_true_metrics(model, monkeypatch):
     """And one wrong answer costs what the benchmark says it costs."""
-    from lmms_eval import evaluator
     from lmms_eval.api.instance import GenerationResult
 
     def answers(self, requests):
@@ -162,11 +157,7 @@ def test_an_oracle_gets_full_marks_of_the_true_metrics(model, monkeypatch):
     loaded = suites.load_tasks(
         ("vtc_scenes", "vtc_pages", "pope", "mme", "gqa", "textvqa_val", "scienceqa_img", "ai2d")
     )
-    index = suites._manager()
-    run = evaluator.simple_evaluate(
-        model=model, tasks=[*loaded.values()], limit=8, bootstrap_iters=0, task_manager=index
-    )
-    found = run["results"]
+    found = evaluated(model, loaded, limit=8)["results"]
     assert found["vtc_scenes"]["accuracy,none"] == found["vtc_pages"]["accuracy,none"] == 1
     assert found["pope"]["pope_accuracy,none"] == 7 / 8
     assert found["ai2d"]["exact_match,flexible-extract"] == 7 / 8

@@ -5,7 +5,7 @@ import threading
 
 import models
 import pytest
-from serve_fixtures import free_port, in_a_loop, picture, serving, soon
+from serve_fixtures import free_port, healthy, in_a_loop, picture, serving, soon
 
 from vtc.eval import arms as arms_
 from vtc.eval import clients
@@ -30,16 +30,9 @@ def url():
 
         thread = threading.Thread(target=lambda: asyncio.run(run()))
         thread.start()
-        import httpx
-
-        def up() -> bool:
-            try:
-                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        assert soon(up)
-        yield f"http://127.0.0.1:{port}"
+        address = f"http://127.0.0.1:{port}"
+        assert soon(lambda: healthy(address))
+        yield address
         stopped.set()
         thread.join(10)
 

@@ -16,6 +16,7 @@ from serve_fixtures import (
     QUESTIONS,
     alone,
     free_port,
+    healthy,
     picture,
     request,
     soon,
@@ -34,19 +35,13 @@ def process(tmp_path_factory):
     given = {"--model": folder, "--name": "tiny", "--port": port, "--max-new-tokens": 300}
     command = [sys.executable, "-m", "vtc.cli", "serve", *(str(x) for pair in given.items() for x in pair)]
     one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (
-        httpx.Client() as client,
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_core) as running,
-    ):
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_core) as running:
         try:
             url = f"http://127.0.0.1:{port}"
 
             def up() -> bool:
                 assert running.poll() is None, running.stderr.read()
-                try:
-                    return client.get(f"{url}/health").status_code == 200
-                except httpx.HTTPError:
-                    return False
+                return healthy(url)
 
             assert soon(up, 120)
             yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), url

@@ -11,7 +11,7 @@ from typing import get_type_hints
 import pytest
 from eval_fixtures import read_lines
 from PIL import Image
-from suite_fixtures import LIMIT, SETTINGS, TASKS, data, model, start, swept, torchrun  # noqa: F401 (fixtures)
+from suite_fixtures import LIMIT, SETTINGS, TASKS, data, evaluated, model, start, swept, torchrun  # noqa: F401 (fixtures)
 
 from vtc.eval import mis, published, report, run, suites, tasks
 from vtc.eval import rows as rows_of
@@ -160,15 +160,13 @@ def test_a_task_that_cannot_score_says_so_before_the_work(tmp_path, monkeypatch)
 
 
 def test_errors_of_the_model_are_raised(model, monkeypatch):
-    from lmms_eval import evaluator
-
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(type(model.reader), "generate", fails)
-    loaded = list(suites.load_tasks(("vtc_scenes",)).values())
+    loaded = suites.load_tasks(("vtc_scenes",))
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator.simple_evaluate(model=model, tasks=loaded, limit=2, bootstrap_iters=0, task_manager=suites._manager())
+        evaluated(model, loaded, limit=2)
 
 
 def test_unknown_methods_name_the_known(tmp_path):

@@ -19,24 +19,29 @@ from vtc.methods.ward import ward
 from vtc.stage import Shape
 
 
-def prices(states, groups):
-    """What joining two groups costs, [a][b]: n m / (n + m) times the squared distance of their means, made anew."""
+def pairs(states, groups):
+    """(cost, i, j) of groups that are each other's nearest, cheapest first; none of less than two groups.
+
+    Joining two costs n m / (n + m) times the squared distance of their means, made anew.
+    """
+    if len(groups) < 2:
+        return []
     rows = states.double().tolist()
     means = [[sum(channel) / len(group) for channel in zip(*(rows[i] for i in group), strict=True)] for group in groups]
-    return [
+    costs = [
         [len(a) * len(b) / (len(a) + len(b)) * math.dist(means[i], means[j]) ** 2 for j, b in enumerate(groups)]
         for i, a in enumerate(groups)
     ]
+    nearest = [min((cost, j) for j, cost in enumerate(row) if j != i) for i, row in enumerate(costs)]
+    return sorted((cost, i, j) for i, (cost, j) in enumerate(nearest) if i < j and nearest[j][1] == i)
 
 
 def grouped(states, tokens, count):
     """The source map of one image, whose `tokens` are joined until `count` groups are left."""
     groups = [[token] for token in tokens]
     while len(groups) > max(1, count):
-        costs = prices(states, groups)
-        nearest = [min((cost, j) for j, cost in enumerate(row) if j != i) for i, row in enumerate(costs)]
-        pairs = sorted((cost, i, j) for i, (cost, j) in enumerate(nearest) if i < j and nearest[j][1] == i)
-        for _, i, j in pairs[: min((len(pairs) + 1) // 2, len(groups) - max(1, count))]:
+        near = pairs(states, groups)
+        for _, i, j in near[: min((len(near) + 1) // 2, len(groups) - max(1, count))]:
             groups[i], groups[j] = groups[i] + groups[j], []
         groups = [group for group in groups if group]
     into = [-1] * len(states)
