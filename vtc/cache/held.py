@@ -38,26 +38,32 @@ class Held:
     """How many keys at the end are the same tokens in every layer, so that a crop may take them back."""
 
     @classmethod
-    def by(cls, cache: Any, depth: int, batch: int, real: Tensor | None, device: torch.device) -> Held:
-        """What a cache holds (None: nothing). One that vtc has not seen yet holds all; `real` (batch, columns) bool.
+    def by(cls, cache: Any, depth: int, batch: int, device: torch.device) -> Held:
+        """What a cache holds (None: nothing). One that vtc has not seen yet holds all.
 
         Raises RuntimeError where it was cropped by more than the text at its end: layers differ before that.
         """
         if (state := getattr(cache, "vtc", None)) is not None:
             return state._as_long(int(held_length(cache)))
         seen = 0 if cache is None else int(cache.get_seq_length())
-        return cls(seen, (Columns.counted(0, real if seen else None, (batch, seen), device),) * depth)
+        return cls(seen, (Columns.counted(0, None, (batch, seen), device),) * depth)
 
-    def check(self, shown: Tensor) -> None:
-        """Raise ValueError where a mask `shown` (batch, seen) bool hides what was not hidden when it went into
-        a pruned cache, which holds it still. That waits for the device."""
-        if not self.pruned or shown.shape[1] != self.seen:
-            return
-        if any(columns.hidden_by(shown) for columns in {id(columns): columns for columns in self.layers}.values()):
+    def under(self, shown: Tensor | None) -> Held:
+        """The same under the mask of a call, `shown` (batch, seen) bool, None: all. What rests is as the mask says.
+
+        Raises ValueError where it hides what was not hidden when it went into a pruned cache, which holds it still.
+        That waits for the device.
+        """
+        if self.rests and self.seen:
+            first = self.layers[0].place
+            columns = Columns.counted(0, shown, (len(first), self.seen), first.device)
+            return replace(self, layers=(columns,) * len(self.layers))
+        if shown is not None and self.pruned and any(columns.hidden_by(shown) for columns in {*self.layers}):
             raise ValueError(
                 "the attention mask hides tokens that it showed when they went into this pruned cache: start again "
                 "from the prompt"
             )
+        return self
 
     @property
     def rests(self) -> bool:
@@ -68,7 +74,7 @@ class Held:
         """After what was done to the cache behind our back: a crop, or compiled steps that left the hooks out."""
         place, count = self.layers[0].place, self.layers[0].length - held
         grown = count < 0 and self.rests
-        if not grown and not 0 <= count <= self.tail:
+        if not self.rests and not 0 <= count <= self.tail:
             raise RuntimeError(
                 f"the cache holds {held} keys in layer 0 where vtc left {self.layers[0].length}: a pruned cache can be "
                 f"cropped by the {self.tail} tokens of text at its end only; start again from the prompt"
@@ -78,7 +84,7 @@ class Held:
             layers = self._each(lambda x: x.then(new))
         else:
             layers = self._each(lambda x: x.cropped(count))
-        return replace(self, seen=self.seen - count, layers=layers, tail=self.tail - count)
+        return replace(self, seen=self.seen - count, layers=layers, tail=max(0, self.tail - count))
 
     @property
     def pruned(self) -> bool:
@@ -126,8 +132,9 @@ def keys(cache: Any, layer: int, count: int) -> Tensor:
         return held.read()[0][:, :, :count]
     if held.keys.ndim != 4 or held.keys.shape[2] != held.get_seq_length():
         raise ValueError(
-            f"{type(held).__name__} does not hold all past keys as they were, and this method looks at them: "
-            "for a second image in a conversation use a DynamicCache or a method that drops before the decoder"
+            f"{type(held).__name__} does not hold all past keys as they were, and this method looks at them: for a "
+            "second image in a conversation begin with past_key_values=DynamicCache(), made without a config, or take "
+            "a method that drops before the decoder"
         )
     return held.keys[:, :, :count]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import find_packed_sequence_indices
 
 import vtc.cache.held as held
@@ -22,6 +23,24 @@ answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
 """How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
 
 
+class Prompt(NamedTuple):
+    """What generate() was given."""
+
+    length: int | None
+    """How many positions, cached ones included; None where it does not tell."""
+    plain: bool
+    """Whether its mask is (batch, columns), or left to it: what else the model gets as one, generate() has made."""
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> Prompt:
+        mask = kwargs.get("attention_mask")
+        given = [x for x in (mask, *map(kwargs.get, ("inputs_embeds", "input_ids", "inputs")), *args[:1])
+                 if isinstance(x, Tensor)]  # fmt: skip
+        unknown = mask is None and kwargs.get("past_key_values") is not None
+        length = None if unknown or not given or given[0].ndim > 3 else given[0].shape[1]
+        return cls(length, mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+
+
 @dataclass(eq=False)
 class Call:
     """One call of the backbone."""
@@ -33,27 +52,26 @@ class Call:
     """(batch, length) bool for each modality: its placeholders."""
     encodings: dict[str, tuple[Encoding | None, int]] = field(default_factory=dict)
     """By modality what the tower showed, and how many features the encoder's output holds."""
-    prompt: int | None = None
-    """The length of the prompt that generate() was given, cached positions included; None outside generate()."""
+    prompt: Prompt | None = None
+    """What generate() was given; None outside generate()."""
     record: Record = field(default_factory=dict)
     """What the hooks on the decoder have written."""
     late: list[Tensor] = field(default_factory=list)
     """(batch, length, width) that is still to be added after each of the first layers: see `Adapter.late_features`."""
     started: Moment = 0.0
 
-    @property
-    def generates(self) -> bool:
-        """Whether generate() makes this call."""
-        return self.prompt is not None
-
     def decodes(self, seen: int, length: int) -> bool:
         """Whether this is one of generate()'s own steps: `length` positions behind `seen` ones."""
-        return self.prompt is not None and length == 1 and seen >= self.prompt
+        return length == 1 and self._prompted is not None and seen >= self._prompted
 
     def ahead(self, total: int) -> int:
         """Of `total` positions, how many at the end do not belong to the prompt: guesses in assisted generation, or an
         answer to be rated."""
-        return max(0 if self.prompt is None else total - self.prompt, answering.get())
+        return max(0 if self._prompted is None else total - self._prompted, answering.get())
+
+    @property
+    def _prompted(self) -> int | None:
+        return None if self.prompt is None else self.prompt.length
 
     def watch(self, sees: bool, busy: bool) -> None:
         """Begin to record what is asked for of a prompt with images, or of a step behind one; nothing if not `busy`."""
@@ -75,26 +93,40 @@ class Call:
         for modality, (encoding, entries) in self.encodings.items():
             yield encoding, entries, self.modalities[modality].to(device)
 
-    def mask(self, kwargs: dict[str, Any], cache: Any) -> Tensor | None:
-        """The (batch, cached + current) mask. A family that makes its own masks out of it got it one call earlier."""
+    def masks(self, kwargs: dict[str, Any], cache: Any, seen: int) -> tuple[Tensor | None, Tensor | None]:
+        """What the mask shows of the `seen` columns of earlier calls, and of this one's: (batch, columns) bool; None:
+        all. As in transformers columns that it does not reach are hidden, and those beyond the sequence mean nothing.
+        """
+        (batch, length), device = kwargs["inputs_embeds"].shape[:2], kwargs["inputs_embeds"].device
+        if (mask := self._mask(kwargs, None if self.decodes(seen, length) else cache)) is None:
+            return None, None
+        mask = pad(mask.to(device, torch.bool).expand(batch, -1), (0, seen + length - mask.shape[1]))
+        return mask[:, :seen], mask[:, seen:]
+
+    def _mask(self, kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+        """The (batch, columns) mask. A family that makes its own masks out of it got it one call earlier."""
         given = self.inputs.get("attention_mask")
         for mask in (kwargs.get("attention_mask"), given):
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 return mask
-        if not held.is_static(cache) or cache.get_seq_length():
+        if not self._prepared(cache):
             return None
-        # generate() prepares masks ahead for static caches: there what is real sees itself, whatever its window hides
+        # the last query sees all that is real, but for windows, beyond which nothing is pruned in a static cache
         given = given.get("full_attention") if isinstance(given, dict) else given
-        if given is None:
-            return None
-        own = given[:, 0].diagonal(dim1=1, dim2=2)[:, : kwargs["inputs_embeds"].shape[1]]
-        return own if own.dtype == torch.bool else own == 0
+        own = None if given is None else given[:, 0, -1]
+        return own if own is None or own.dtype == torch.bool else own == 0
 
-    def blocks(self, seen: int, ahead: int, device: torch.device) -> Tensor | None:
-        """(batch, length) int64: see `Adapter.blocks`; none after a prompt."""
-        blocks = None if seen else self.compression.adapter.blocks(self.inputs)
-        if blocks is not None:
-            blocks = blocks.to(device, copy=True)
+    def _prepared(self, cache: Any) -> bool:
+        """Whether generate() has made the masks of this call, from a (batch, columns) one, as it does ahead for caches
+        of a fixed size."""
+        return self.prompt is not None and self.prompt.plain and held.is_static(cache)
+
+    def blocks(self, seen: int, length: int, ahead: int, device: torch.device) -> Tensor | None:
+        """(batch, length) int64: see `Adapter.blocks`; none behind a prompt, unless images come there."""
+        blocks = self.compression.adapter.blocks(self.inputs) if self.encodings or not seen else None
+        if blocks is not None:  # as in transformers, they are those of all columns from the first one on
+            blocks = pad(blocks.to(device), (0, max(0, seen + length - blocks.shape[1])), value=-1)
+            blocks = blocks[:, seen : seen + length].clone()
             if ahead:  # a guess is no part of the prompt's block, whatever the text model would make of it
                 blocks[:, -ahead:] = -1
         return blocks
@@ -102,8 +134,10 @@ class Call:
     def check(self, cache: Any, windows: bool) -> None:
         """Raise ValueError for what cannot be pruned exactly; `windows`: whether any layer's window hides anything."""
         given, static = self.inputs.get("attention_mask"), held.is_static(cache)
-        if isinstance(given, Tensor) and given.ndim != 2 and not static:
-            raise ValueError("vtc prunes under attention masks of shape (batch, length); this one is 4-D")
+        plain = given is None or (isinstance(given, Tensor) and given.ndim == 2)
+        if not plain and not self._prepared(cache):
+            shape = f"{given.ndim}-D" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise ValueError(f"vtc prunes under attention masks of shape (batch, length); this one is {shape}")
         positions = None if given is not None or cache is not None else self.inputs.get("position_ids")
         if positions is not None and positions.ndim == 3:  # of four axes the first one is the text's
             positions = positions[0] if len(positions) == 4 else None
@@ -117,20 +151,17 @@ class Call:
 
 
 def modalities(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding."""
+    """(batch, length) bool for each modality: its placeholders, from ids or, without ids, from their embedding.
+
+    Nothing without either: the model says itself what it lacks.
+    """
     tokens = adapter.placeholders()
     if (ids := inputs.get("input_ids")) is not None:
         return {modality: ids == token for modality, token in tokens.items()}
-    embeds, embedding = inputs["inputs_embeds"], adapter.backbone.get_input_embeddings()
+    if (embeds := inputs.get("inputs_embeds")) is None:
+        return {}
+    embedding = adapter.backbone.get_input_embeddings()
     return {
         modality: (embeds == embedding(torch.tensor(token, device=embeds.device))).all(-1)
         for modality, token in tokens.items()
     }
-
-
-def prompt_length(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """How many positions the prompt has that generate() is given, cached ones included; None where it does not tell."""
-    names = ("attention_mask", "inputs_embeds", "input_ids", "inputs")
-    given = [x for x in (*map(kwargs.get, names), *args[:1]) if isinstance(x, Tensor)]
-    unknown = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is not None
-    return None if unknown or not given or given[0].ndim > 3 else given[0].shape[1]

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from vtc.core.call import Prompt
 from vtc.core.compression import Compression
 from vtc.stage import Budget, Method
 from vtc.trace import Trace
 
 chosen: ContextVar[tuple[Compression, ...]] = ContextVar("vtc_chosen", default=())
 """What `compressed` and running generate() calls put in force in this context, on any model; the last one counts."""
-prompted: ContextVar[tuple[Any, int | None] | None] = ContextVar("vtc_prompted", default=None)
-"""The model whose generate() is running, and the length of its prompt: what is longer was guessed."""
+prompted: ContextVar[tuple[Any, Prompt] | None] = ContextVar("vtc_prompted", default=None)
+"""The model whose generate() is running, and its prompt: what is longer was guessed."""
 changed = threading.Condition()
 """Held while anything here changes, and told when a call ends."""
 
@@ -36,7 +37,7 @@ class InForce:
     @property
     def compression(self) -> Compression:
         """What is in force in this context."""
-        own = [one for one in chosen.get() if one is self._lasting or one in self._passing]
+        own = [one for one in chosen.get() if one in self.compressions]
         return own[-1] if own else self._lasting or self._passing[-1]
 
     @property
@@ -104,7 +105,7 @@ class InForce:
                     "vtc.compressed in the thread that calls the model, or run it in a copy of the context "
                     "(contextvars.copy_context().run)"
                 )
-            if sees and not self.fits():
+            if (sees or (compression.selects and not self.generates())) and not self.fits():
                 self.update()
             compression.running.add(threading.get_ident())
         return compression
@@ -117,8 +118,8 @@ class InForce:
                 changed.notify_all()
 
     @contextmanager
-    def generating(self, prompt: int | None, sees: bool) -> Iterator[None]:
-        """A generate(), whose prompt has so many positions: what is in force when it begins is so to its end."""
+    def generating(self, prompt: Prompt, sees: bool) -> Iterator[None]:
+        """A generate() of a prompt: what is in force when it begins is so to its end."""
         compression = self.begin(sees)
         tokens = chosen.set((*chosen.get(), compression)), prompted.set((self, prompt))
         try:
@@ -132,7 +133,7 @@ class InForce:
         """Whether this is called inside generate()."""
         return (running := prompted.get()) is not None and running[0] is self
 
-    def prompt(self) -> int | None:
-        """How many positions the prompt of the running generate() has, cached ones included; None outside of one."""
+    def prompt(self) -> Prompt | None:
+        """The prompt of the running generate(); None outside of one."""
         running = prompted.get()
         return running[1] if running is not None and running[0] is self else None

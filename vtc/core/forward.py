@@ -68,12 +68,10 @@ class Forward:
         """The forward of a call whose text model is about to run with `kwargs`."""
         embeds, cache, compression = kwargs["inputs_embeds"], kwargs.get("past_key_values"), call.compression
         (batch, length), device, adapter = embeds.shape[:2], embeds.device, compression.adapter
-        call.started, mask, before, real = Clock.now(device), call.mask(kwargs, cache), None, None
-        if mask is not None:
-            before, real = mask.to(device, torch.bool).expand(batch, -1).tensor_split([-length], dim=1)
-        past = Held.by(cache, len(adapter.layers), batch, before, device)
-        if before is not None and not call.decodes(past.seen, length):  # generate() makes the masks of its steps
-            past.check(before)
+        call.started, past = Clock.now(device), Held.by(cache, len(adapter.layers), batch, device)
+        before, real = call.masks(kwargs, cache, past.seen)
+        if not call.decodes(past.seen, length):  # generate() makes the masks of its steps
+            past = past.under(before)
         images = locate(call.encoded(device), compression.needs, length, adapter.joins_tiles)
         stream = Stream.entering(past.seen, real, embeds, images)
         visibility = Visibility(adapter, compression.windows, past.seen, past.seen + length)
@@ -106,7 +104,7 @@ class Forward:
         if entered.images:
             self.stream = entered.observed(tower_rows(entered.images, self.compression.needs, entered.device))
         kwargs, self.call.late = adapter.late_features(kwargs)
-        self.visibility.blocks = self.call.blocks(self.past.seen, self.ahead, entered.device)
+        self.visibility.blocks = self.call.blocks(self.past.seen, entered.columns.length, self.ahead, entered.device)
         embeds = kwargs["inputs_embeds"]
         needs = [need for _, stage in self._stages(0) for need in stage.needs]
         if not all(need.tower for need in needs):

@@ -7,7 +7,6 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,19 +14,16 @@ from torch import Tensor, nn
 
 import vtc.adapter as adapters
 import vtc.cache.held_cache as held_cache
-from vtc.core.call import Call, modalities, prompt_length
+from vtc.core.call import Call, Prompt, modalities
 from vtc.core.clock import Clock
 from vtc.core.compression import Compression
 from vtc.core.features import Encoded, Encoding
-from vtc.core.force import InForce
-from vtc.core.forward import Forward
+from vtc.core.force import InForce, chosen
 from vtc.core.patch import Patch, after, around, before, sees, tell_compiler
+from vtc.core.running import enter_decoder, enter_layer, forget, leave_decoder, leave_layer, running
 from vtc.core.skipping import skippable, skipped
 from vtc.need import Need, Record, recording
 from vtc.observe import Tower
-
-running: ContextVar[Call | Forward | None] = ContextVar("vtc_running", default=None)
-"""The call of the backbone that runs, and once its decoder runs, the forward."""
 
 
 class Hooks(InForce):
@@ -88,10 +84,10 @@ class Hooks(InForce):
     def _hang(self) -> list[Any]:
         pairs = [
             (self.adapter.backbone, self._enter, self._leave),
-            (self.adapter.decoder, _enter_decoder, _leave_decoder),
+            (self.adapter.decoder, enter_decoder, leave_decoder),
         ]
         pairs += [
-            (layer, functools.partial(_enter_layer, number), functools.partial(_leave_layer, number))
+            (layer, functools.partial(enter_layer, number), functools.partial(leave_layer, number))
             for number, layer in enumerate(self.adapter.layers)
         ]
         return [
@@ -102,8 +98,21 @@ class Hooks(InForce):
 
     # -- a call ---------------------------------------------------------------------------------------------------
 
+    def _ended(self) -> bool:
+        """Whether nothing is in force any more, for what was taken from the model before and is called only now.
+
+        Raises RuntimeError where that was to be compressed: in a copy of the context of a block that has ended.
+        """
+        if self.compressions:
+            return False
+        if any(compression.adapter.model is self.model for compression in chosen.get()):
+            raise RuntimeError("the block of vtc.compressed that this context was copied from has ended")
+        return True
+
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        _forget()
+        if self._ended():
+            return original(*args, **kwargs)
+        forget()
         given = kwargs.get("generation_config") or self.model.generation_config
         if sees(kwargs) and kwargs.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
             raise ValueError("a wrapped model reads a prompt with images whole: leave prefill_chunk_size out")
@@ -118,7 +127,7 @@ class Hooks(InForce):
             warnings.warn("a pruned model is several graphs, as hooks run between them: fullgraph=False", stacklevel=3)
             kwargs["compile_config"] = copy.copy(config)
             kwargs["compile_config"].fullgraph = False
-        with self.generating(prompt_length(args, kwargs), sees(kwargs)):
+        with self.generating(Prompt.of(args, kwargs), sees(kwargs)):
             return original(*args, **kwargs)
 
     def _steps_rest(self, kwargs: dict[str, Any]) -> bool:
@@ -129,13 +138,17 @@ class Hooks(InForce):
         return not observed and (past is None or past.rests) and (everything or not sees(kwargs))
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        _forget()
+        forget()
         held_cache.wake(kwargs.get("past_key_values"))
-        given = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        given = {**dict(zip(_arguments(type(backbone).forward), args, strict=False)), **kwargs}
         compression = self.begin(sees(given))
-        call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
-        for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
-            call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
+        try:
+            call = Call(compression, given, modalities(self.adapter, given), prompt=self.prompt())
+            for modality, outputs in (given.get("mm_encoder_outputs") or {}).items():
+                call.encodings[modality] = (outputs.get("vtc"), len(outputs.pooler_output))
+        except BaseException:
+            self.end(compression)
+            raise
         running.set(call)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -152,14 +165,14 @@ class Hooks(InForce):
     def _leave(self, backbone: nn.Module, args: tuple, outputs: Any) -> None:
         if (call := running.get()) is not None:
             self.end(call.compression)
-        _forget()
+        forget()
         held_cache.rest(getattr(outputs, "past_key_values", None))
 
     # -- the vision tower -----------------------------------------------------------------------------------------
 
     def _features(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The encoder, which leaves on its output what the tower showed."""
-        if recording.get() is not None:  # one modality's encoder is made of the other's
+        if recording.get() is not None or self._ended():  # one modality's encoder is made of the other's
             return original(*args, **kwargs)
         call = running.get()
         compression = self.begin(sees=True) if call is None else call.compression
@@ -178,7 +191,9 @@ class Hooks(InForce):
         if call.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
             return original(*args, **kwargs)  # a tuple has no room for what was seen, and no gaps
         record: Record = {need: {} for need in compression.needs}
-        token, start = recording.set(record), Clock.now(self.model.device)
+        # where parameters are offloaded they have no device to speak of
+        device = next((x.device for x in call.values() if isinstance(x, Tensor)), self.model.device)
+        token, start = recording.set(record), Clock.now(device)
         try:
             with skipped(self.adapter, call) as skips:
                 outputs = original(*args, **kwargs)
@@ -186,10 +201,10 @@ class Hooks(InForce):
             recording.reset(token)
         if skips:  # what would stand there is not the tower's last state
             outputs = type(outputs)(**{name: x for name, x in outputs.items() if name != "last_hidden_state"})
-        seen = Clock.now(self.model.device)
-        with torch.autocast(self.model.device.type, enabled=False):
+        seen = Clock.now(device)
+        with torch.autocast(outputs.pooler_output[0].device.type, enabled=False):
             images = self._encoded(compression, record, call, outputs.pooler_output)
-        passages = [("vision", start, seen), ("score", seen, Clock.now(self.model.device))]
+        passages = [("vision", start, seen), ("score", seen, Clock.now(device))]
         outputs["vtc"] = Encoding(images, len(outputs.pooler_output), passages)  # an entry outlives moves to a device
         return outputs
 
@@ -204,38 +219,8 @@ class Hooks(InForce):
         ]
 
 
-def _forget() -> None:
-    """No call runs in this context; one that was interrupted within a graph may have left itself behind."""
-    running.set(None)
-    recording.set(None)
-
-
-# -- the decoder ------------------------------------------------------------------------------------------------------
-
-
-def _enter_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(call := running.get(), Call):
-        return None
-    forward = Forward.of(call, kwargs)
-    running.set(forward)
-    kwargs = forward.enter_decoder(kwargs)
-    recording.set(call.record or None)
-    return args, kwargs
-
-
-def _leave_decoder(decoder: nn.Module, args: tuple, outputs: Any) -> None:
-    if isinstance(forward := running.get(), Forward):
-        recording.set(None)
-        forward.leave_decoder(outputs)
-
-
-def _enter_layer(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(forward := running.get(), Forward) or not forward.busy:
-        return None
-    hidden, kwargs = forward.before_layer(number, args[0], kwargs)
-    return (hidden, *args[1:]), kwargs
-
-
-def _leave_layer(number: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
-    if isinstance(forward := running.get(), Forward) and forward.busy:
-        forward.after_layer(number, output)
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a module's forward may be given by position."""
+    _, *names = inspect.signature(forward).parameters
+    return tuple(names)

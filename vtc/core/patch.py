@@ -12,14 +12,19 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Patch:
-    """Sets `owner.name`; `remove` gives the owner back what it had of its own, or nothing."""
+    """Sets `owner.name`; `remove` gives the owner back what it had of its own, or nothing.
+
+    What others have put there since stays, around ours, which is nothing when no compression is in force.
+    """
 
     def __init__(self, owner: Any, name: str, value: Any):
-        self.owner, self.name = owner, name
+        self.owner, self.name, self.value = owner, name, value
         self.own = {name: vars(owner)[name]} if name in vars(owner) else {}
         setattr(owner, name, value)
 
     def remove(self) -> None:
+        if vars(self.owner).get(self.name) is not self.value:
+            return
         delattr(self.owner, self.name)
         for name, value in self.own.items():
             setattr(self.owner, name, value)

@@ -71,7 +71,7 @@ class Visibility:
 
         Raises ValueError where the kernel cannot hide what has to be hidden.
         """
-        place = id(keys), self.window(layer)
+        place = id(keys), self.window(layer), held.sizes(cache, layer, queries)
         if place not in self.made:  # the keys are kept beside the mask, so that no others get their id
             self.made[place] = keys, self._mask(layer, keys, queries, hidden, cache)
         return self.made[place][1]
@@ -126,7 +126,8 @@ class Visibility:
             weight = torch.nn.functional.pad(keys.weight.to(seen.device), (0, place.shape[-1] - keys.length), value=1.0)
             weight = weight if weight.ndim == 3 else weight[:, None]
             bias = bias + weight[..., None, handed].log().to(dtype)
-        bias = bias.masked_fill(~seen, torch.finfo(dtype).min)
+        hidden = ~seen & (own[0] >= 0)[..., None]  # filling sees all: a row of nothing spoils gradients in sdpa
+        bias = bias.masked_fill(hidden, torch.finfo(dtype).min)
         heads = self.adapter.decoder_attention(self.adapter.layers[layer]).heads
         return bias if bias.shape[1] == 1 else bias.repeat_interleave(heads // bias.shape[1], dim=1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.core.forward import Forward
-from vtc.core.hooks import running
+from vtc.core.running import running
 from vtc.stage import Budget, Method
 from vtc.wrapping import compressed
 
@@ -116,7 +116,7 @@ def _check(adapter: Adapter, forward: Forward, kwargs: dict[str, Any]) -> None:
         raise Alone("this model's positions are in time, height and width, and those of a packed batch in one axis")
     if any(adapter.window(layer) is not None for layer in adapter.layers):
         raise Alone("this model's sliding windows count original positions, and those of a packed batch keys")
-    if forward.call.blocks(0, 0, device) is not None:
+    if forward.call.blocks(0, forward.stream.columns.length, 0, device) is not None:
         raise Alone("this model's images see themselves both ways, and a packed batch is causal")
     if forward.call.late or adapter.late_features(kwargs)[1]:
         raise Alone("this model adds visual features after its first layers")
