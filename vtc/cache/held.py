@@ -44,7 +44,7 @@ class Held:
         Raises RuntimeError where it was cropped by more than the text at its end: layers differ before that.
         """
         if (state := getattr(cache, "vtc", None)) is not None:
-            return state._as_long(int(held_length(cache)))
+            return state._as_long(length(cache))
         seen = 0 if cache is None else int(cache.get_seq_length())
         return cls(seen, (Columns.counted(0, None, (batch, seen), device),) * depth)
 
@@ -113,6 +113,11 @@ def nbytes(cache: Any) -> int:
     layers = [layer for layer in cache.layers if layer.is_initialized]
     parts = ([layer] if isinstance(layer, OwnLayer) else [layer.keys, layer.values] for layer in layers)
     return sum(x.nbytes for part in parts for x in part)
+
+
+def length(cache: Any) -> int:
+    """How many keys layer 0 of a cache holds."""
+    return int(held_length(cache))
 
 
 def is_static(cache: Any) -> bool:

@@ -30,6 +30,8 @@ class Prompt(NamedTuple):
     """How many positions, cached ones included; None where it does not tell."""
     plain: bool
     """Whether its mask is (batch, columns), or left to it: what else the model gets as one, generate() has made."""
+    mask: Tensor | None = None
+    """The mask, if it is so."""
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> Prompt:
@@ -38,7 +40,8 @@ class Prompt(NamedTuple):
                  if isinstance(x, Tensor)]  # fmt: skip
         unknown = mask is None and kwargs.get("past_key_values") is not None
         length = None if unknown or not given or given[0].ndim > 3 else given[0].shape[1]
-        return cls(length, mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+        plain = isinstance(mask, Tensor) and mask.ndim == 2
+        return cls(length, mask is None or plain, mask if plain else None)
 
 
 @dataclass(eq=False)
@@ -98,23 +101,25 @@ class Call:
         all. As in transformers columns that it does not reach are hidden, and those beyond the sequence mean nothing.
         """
         (batch, length), device = kwargs["inputs_embeds"].shape[:2], kwargs["inputs_embeds"].device
-        if (mask := self._mask(kwargs, None if self.decodes(seen, length) else cache)) is None:
+        if (mask := self._mask(kwargs, None if self.decodes(seen, length) else cache, seen)) is None:
             return None, None
         mask = pad(mask.to(device, torch.bool).expand(batch, -1), (0, seen + length - mask.shape[1]))
         return mask[:, :seen], mask[:, seen:]
 
-    def _mask(self, kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+    def _mask(self, kwargs: dict[str, Any], cache: Any, seen: int) -> Tensor | None:
         """The (batch, columns) mask. A family that makes its own masks out of it got it one call earlier."""
         given = self.inputs.get("attention_mask")
         for mask in (kwargs.get("attention_mask"), given):
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 return mask
-        if not self._prepared(cache):
+        if given is None or self.prompt is None or not self._prepared(cache):
             return None
+        if (mask := self.prompt.mask) is not None:  # of each prompt, of which beams and samples are copies
+            return mask.repeat_interleave(len(kwargs["inputs_embeds"]) // len(mask), dim=0)
         # the last query sees all that is real, but for windows, beyond which nothing is pruned in a static cache
-        given = given.get("full_attention") if isinstance(given, dict) else given
-        own = None if given is None else given[:, 0, -1]
-        return own if own is None or own.dtype == torch.bool else own == 0
+        last = (given["full_attention"] if isinstance(given, dict) else given)[:, 0, -1]
+        real, before = last if last.dtype == torch.bool else last == 0, held.length(cache)
+        return real if before == seen else pad(real[:, before:], (seen, 0), value=1)
 
     def _prepared(self, cache: Any) -> bool:
         """Whether generate() has made the masks of this call, from a (batch, columns) one, as it does ahead for caches

@@ -105,7 +105,9 @@ class Hooks(InForce):
         """
         if self.compressions:
             return False
-        if any(compression.adapter.model is self.model for compression in chosen.get()):
+        now = vars(self.model).get("vtc")
+        over = {*chosen.get()} - {*([] if now is None else now.compressions)}
+        if any(compression.adapter.model is self.model for compression in over):
             raise RuntimeError("the block of vtc.compressed that this context was copied from has ended")
         return True
 
