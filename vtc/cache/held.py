@@ -49,7 +49,8 @@ class Held:
         return cls(seen, (Columns.counted(0, None, (batch, seen), device),) * depth)
 
     def under(self, shown: Tensor | None) -> Held:
-        """The same under the mask of a call, `shown` (batch, seen) bool, None: all. What rests is as the mask says.
+        """The same under the mask of a call, `shown` (batch, seen) bool, None: all. What rests is as the mask says; of
+        a pruned cache what was hidden once stays hidden.
 
         Raises ValueError where it hides what was not hidden when it went into a pruned cache, which holds it still.
         That waits for the device.
