@@ -280,6 +280,20 @@ def msdg(image, count, clusters, sink):
     return kept + [j for j in range(N) if j not in clear][: count - room]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_without_later_text_all_tokens_ask_alike(seed):
+    model = models()[0]
+    inputs = prompt(model, (1,), seed=seed)
+    end = int(visual(inputs["input_ids"])[0].nonzero().max()) + 1
+    inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output[0].double()
+    with vtc.compressed(model, CoverPruner(), 9) as trace:
+        model(**inputs)
+    alike = Shown([], [], features, features, torch.ones(1, 1, N))
+    assert trace.kept()[0].tolist() == sorted(coverpruner(alike, 9))
+
+
 CASES = {
     "score": (SCoRe(), lambda image, count: score(image, count, 0.8)),
     "score-whole": (SCoRe(alpha=1.0), lambda image, count: score(image, count, 1.0)),

@@ -105,6 +105,26 @@ def test_the_scale_of_the_features_does_not_matter(name, seed):
         assert torch.equal(ALL[name](scores, changed(seen, rows={FEATURES: factor * seen[FEATURES]}), keep).keep, kept)
 
 
+@seeds
+@pytest.mark.parametrize("relevance", [1e-6, 1.0, 1e4])
+def test_dpp_is_the_greedy_determinant_whatever_the_relevance(relevance, seed):
+    """Of tokens that are all relevant alike, against determinants in double precision."""
+
+    def volume(kernel, chosen):
+        return round(float(kernel[chosen][:, chosen].det().log()), 9)
+
+    _, seen, _ = drawn(seed, ragged=False)
+    alike, kept = torch.nn.functional.normalize(seen[FEATURES].double(), dim=1), []
+    for x in alike:
+        kernel, chosen = x.T @ x, []
+        for _ in range(9):
+            others = [j for j in range(TOKENS) if j not in chosen]
+            chosen.append(max(others, key=lambda j: (volume(kernel, [*chosen, j]), -j)))
+        kept.append(sorted(chosen))
+    ours = GREEDY["dpp"](torch.full((IMAGES, TOKENS), relevance), seen, torch.full((IMAGES,), 9)).keep
+    assert [image.nonzero()[:, 0].tolist() for image in ours] == kept
+
+
 @every
 @seeds
 def test_what_is_hidden_does_not_matter(name, seed):
