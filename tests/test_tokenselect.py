@@ -150,7 +150,7 @@ def test_what_is_read_is_what_loops_choose(llava, alike):
 
 
 def test_products_beyond_the_range_of_half_precision():
-    """In float16, with weights that make products of more than 65504: what is read is the choice in double precision."""
+    """In float16, with weights that make products of more than 65504: the choice is that of double precision."""
     model, layer = llava_model().half(), 3
     with torch.no_grad():
         for own in model.base_model.language_model.layers:

@@ -14,6 +14,7 @@ import vtc.methods.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.observe import PatchStates, salience
+from vtc.scores import rank
 from vtc.select import patches, preferring
 from vtc.stage import Method, Shape, Stage
 
@@ -59,7 +60,7 @@ def _select(states: Need, attention: Tensor, seen: Seen, keep: Tensor) -> Choice
     stands = groups.unsuppressed(attention, seen.valid, rivals)
     survivors = groups.sizes(group, stands, loading.shape[2])
     quota = _quota(groups.sizes(group, seen.valid, loading.shape[2]), survivors, keep)
-    order = attention.argsort(dim=1).argsort(dim=1) + attention.shape[1] * stands
+    order = attention.shape[1] * stands - rank(attention, seen.valid)
     return groups.quota(order.float(), seen, keep, group, quota, survivors)
 
 

@@ -87,8 +87,8 @@ class StepProducts(StepQuery):
 
 
 def in_full(query: Tensor, keys: Tensor) -> Tensor:
-    """Products of queries (batch, key_heads, queries, head_dim) with keys (batch, key_heads, tokens, head_dim): float32,
-    (batch, key_heads, queries, tokens). They may be beyond the range of the keys' own type."""
+    """Products of queries (batch, key_heads, queries, head_dim) with keys (batch, key_heads, tokens, head_dim): (batch,
+    key_heads, queries, tokens) float32, as they may be beyond the range of the keys' own type."""
     if MIXED and keys.is_cuda and keys.dtype in (torch.float16, torch.bfloat16):  # without a copy of the keys
         both = query.to(keys).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
         return torch.bmm(*both, out_dtype=torch.float32).unflatten(0, keys.shape[:2])
