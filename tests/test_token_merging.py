@@ -122,7 +122,7 @@ def large(model, seed):
 @pytest.mark.parametrize("kind", ["llava_next_video", "llava_onevision", "llava_next", "scaled"])
 @torch.no_grad()
 def test_tokens_that_are_merged_are_of_one_group(kind, seed, monkeypatch):
-    """Also where a token is a mean of patches, of several groups perhaps: the packing of a unit matrix says of which."""
+    """Also where a token is a mean of patches: the packing of a unit matrix says of which."""
     model = FAMILIES["llava_onevision" if kind == "scaled" else kind].model
     inputs = (
         large(model, seed) if kind == "scaled" else prompt(model, ("i" if kind == "llava_next" else "v",), seed=seed)
