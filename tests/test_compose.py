@@ -326,6 +326,30 @@ def test_sinks_rank_behind_all_others(name):
     assert found
 
 
+@pytest.mark.parametrize(
+    "name", ["cdpruner", "holov", "vispruner", "hiprune", "divprune", "visionzip", "prumerge-plus", "vtc-cls", "fastv"]
+)
+def test_sinks_leave_first_whatever_a_method_makes_of_its_scores(name):
+    """Two patches of extreme norm by hand: they neither stay nor are taken in, but where the others do not suffice."""
+    model, sinks = llava(), [4, 20]
+
+    def swell(module, args, output):
+        grown = output.clone()
+        grown[:, [1 + sink for sink in sinks]] *= 40  # behind the CLS token
+        return grown
+
+    vtc.adapter.find(model).tower_blocks()[3].register_forward_hook(swell, prepend=True)
+    for count in (8, 12, 30, 35):
+        with vtc.compressed(model, Sinks(vtc.find_method(name)), count) as trace:
+            logits(model, prompt(model))
+        kept, scores = trace.kept(0)[0].tolist(), trace.scores(0)[0].tolist()
+        if len(kept) <= 34:
+            assert not {*sinks} & {*kept}
+            assert trace.stages[0].into is None or (trace.stages[0].into[0, sinks] == -1).all()
+        else:
+            assert sorted({*range(36)} - {*kept}) == [min(sinks, key=lambda sink: (scores[sink], -sink))]
+
+
 def test_no_sinks_no_change_and_sinks_at_the_cache():
     model = FAMILIES["llava"].model
     inputs = prompt(model, (1, 2))

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import FAMILIES, prompt, visual
+from models import FAMILIES, batch, prompt, rows, visual
+from table import METHODS
 from table import parametrize as pytest_generate_tests  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.methods.fastv import FastV
+from vtc.methods.msdg import Msdg
+from vtc.methods.score import SCoRe
 from vtc.methods.vflowopt import VFlowOpt
 from vtc.methods.vtc_cls import VtcCls
 from vtc.observe import TextRow
-from vtc.stage import Method, Stage
+from vtc.stage import Method, Shape, Stage
 
 VIDEOS = [name for name, family in FAMILIES.items() if family.video]
 
@@ -358,3 +361,52 @@ def test_blocks_that_nobody_reads_are_not_run(family):
         torch.testing.assert_close(direct, whole.last_hidden_state)
     handle.remove()
     assert all("forward" not in vars(block) for block in blocks)
+
+
+SHAPE = Shape(6, 6)
+BY_THE_TOWER = {
+    name: kind()
+    for name, kind in vtc.list_methods().items()
+    if not kind.adaptive
+    and all(stage.needs and all(need.tower for need in stage.needs) for stage in kind().stages(SHAPE))
+} | {"score-cover": SCoRe(alpha=0.0), "vflowopt-minus": VFlowOpt(alpha=-1.0), "msdg": Msdg()}
+"""Methods that look at nothing but the tower, and one that does so but for the question."""
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("name", BY_THE_TOWER)
+@torch.no_grad()
+def test_newlines_leave_first(family, name):
+    model = FAMILIES[family].model
+    if name == "msdg" and family == "llava_next":
+        pytest.skip("its tower has too few blocks")
+    for seed, budget in enumerate((0.25, 0.11, 0.25, 0.99)):
+        with vtc.compressed(model, BY_THE_TOWER[name], budget) as trace:
+            model(**prompt(model, (1, 2), seed=seed))
+        stage = trace.stages[0]
+        for image, ((overview, (high, wide)), size) in enumerate(zip(trace.parts, trace.sizes, strict=True)):
+            newlines = {overview[0] * overview[1] + row * wide + wide - 1 for row in range(high)}
+            kept = stage.entered[image][stage.kept[image] & stage.valid[image]].tolist()
+            assert budget == 0.99 or not newlines & {*kept}
+            if len(trace.stages) == 1:
+                assert len(kept) == round(budget * size)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"atp", "tokenbutler"}))  # those were trained for a model
+@torch.no_grad()
+def test_what_stays_does_not_depend_on_the_batch(name):
+    """Images of three sizes, together and one by one."""
+    shallow, (method, budget) = name not in ("msdg", "vtc-cls-ensemble"), METHODS[name]
+    model = FAMILIES["llava_next" if shallow else "llava_onevision"].model
+    together, found = rows(model, (2, 1, 1), seed=1), []
+    for chosen in ([0, 1, 2], [0], [1], [2]):
+        with vtc.compressed(model, method, budget) as trace:
+            model(**positioned(batch(model, [together[row] for row in chosen])))
+        found += [[trace.kept(stage)[row].tolist() for stage in range(len(trace.stages))] for row in range(len(chosen))]
+    assert found[:3] == found[3:]
+
+
+def positioned(inputs):
+    """With the positions that generate() counts, from the first real token on."""
+    real = inputs["attention_mask"]
+    return inputs | {"position_ids": (real.cumsum(1) - 1).masked_fill(real == 0, 0)}

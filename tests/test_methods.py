@@ -18,10 +18,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import vtc
 from vtc.attention import attention_rows
 from vtc.budget import average_tokens, counts
+from vtc.choice import Seen
 from vtc.grids import evenly_spaced
 from vtc.methods.atp import Atp
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
+from vtc.methods.random_kv import drawn
 from vtc.methods.tally import Tally
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
@@ -412,6 +414,18 @@ def test_random_depends_on_the_seed_alone(models):
         kept[seed] = [row.tolist() for row in trace.kept()]
         assert kept[seed][0] == kept[seed][1]
     assert kept[0] != kept[1]
+
+
+def test_a_longer_video_draws_more_and_begins_with_the_same():
+    def scores(frames):
+        tokens = frames * 196
+        index = torch.arange(tokens)[None]
+        seen = Seen({}, torch.ones(1, tokens, dtype=torch.bool), index, [[(14, 14)] * frames], [tokens])
+        return Random()._scores(seen), drawn(0, 2, 4, seen)
+
+    for short, long in zip(scores(80), scores(400), strict=True):
+        assert torch.equal(long[..., : 80 * 196], short)
+        assert long.unique().numel() > 0.99 * long.numel()
 
 
 def test_random_is_uniform():

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from oracle import attentions, top
 from torch import Tensor
 
 import vtc
+from vtc.choice import Seen
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.cosine import Cosine
 from vtc.methods.coverpruner import CoverPruner
@@ -23,6 +24,8 @@ from vtc.methods.msdg import Msdg
 from vtc.methods.prunesid import PruneSID
 from vtc.methods.rate import Rate, _direction
 from vtc.methods.score import SCoRe
+from vtc.observe import ClsRow, PatchStates
+from vtc.stage import Shape
 
 N, ROWS = 36, ((0, 0), (2, 0), (2, 36))
 """Tokens of an image; the row of each image, and where its tokens begin among those of its row."""
@@ -278,6 +281,36 @@ def msdg(image, count, clusters, sink):
     order = {c: (room * s - base[c], s) for c, s in share.items()}
     kept = handed_out(scores, group, base, order, room, clear)
     return kept + [j for j in range(N) if j not in clear][: count - room]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_without_later_text_all_tokens_ask_alike(seed):
+    model = models()[0]
+    inputs = prompt(model, (1,), seed=seed)
+    end = int(visual(inputs["input_ids"])[0].nonzero().max()) + 1
+    inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output[0].double()
+    with vtc.compressed(model, CoverPruner(), 9) as trace:
+        model(**inputs)
+    alike = Shown([], [], features, features, torch.ones(1, 1, N))
+    assert trace.kept()[0].tolist() == sorted(coverpruner(alike, 9))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prunesid_takes_the_earlier_of_equal_patches(seed):
+    """Where attention has three values only."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randint(1, 4, (N,), generator=generator).double() / 4
+    (stage,) = PruneSID().stages(Shape(6, 5))
+    attention = torch.zeros(4, 37, 37, dtype=torch.double)
+    attention[:, 0, 1:] = level
+    image = replace(shown(seed)[0], attention=[attention] * 5)
+    needs = {PatchStates(4): image.states[4].float().T[None], ClsRow(4): level.float().expand(1, 4, N)}
+    seen = Seen(needs, torch.ones(1, N, dtype=torch.bool), torch.arange(N)[None], [[(6, 6)]])
+    for count in (9, 16, 24):
+        kept = stage.select(stage.score(seen), seen, torch.tensor([count])).keep[0]
+        assert kept.nonzero()[:, 0].tolist() == sorted(prunesid(image, count))
 
 
 CASES = {

@@ -10,6 +10,7 @@ from oracle import top
 from test_peers_attention import images_of, raters_of, text_after, tower_of, whole
 
 import vtc
+from vtc.choice import Seen
 from vtc.core.stream import Stream
 from vtc.grids import evenly_spaced
 from vtc.merge import sizes
@@ -17,7 +18,7 @@ from vtc.methods.density_peaks import density_peaks
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.prumerge_plus import PruMergePlus
 from vtc.methods.sparsevlm import SparseVLM
-from vtc.methods.visionzip import VisionZip
+from vtc.methods.visionzip import MeanKeys, VisionZip, dominant_and_contextual
 
 SEEDS = range(8)
 
@@ -214,6 +215,20 @@ def test_each_token_counts_once(name, family):
     kept = trace.stages[-1].kept.sum(1)
     share = budget or 0.3
     torch.testing.assert_close(kept / trace.stages[0].valid.sum(1), torch.full((3,), share), atol=0.03, rtol=0)
+
+
+def test_newlines_are_no_contextual_tokens_and_count_for_nothing_in_them():
+    """Of 8 patches and 4 newlines 3 stay and 2 are contextual; and of the whole image but one all."""
+    keys, generator = MeanKeys(0), torch.Generator().manual_seed(0)
+    newline = torch.arange(12) % 3 == 2
+    scores = torch.rand(1, 12, generator=generator).masked_fill(newline, 0)
+    rows = torch.randn(1, 4, 12, generator=generator).masked_fill(newline, 0)
+    seen = Seen({keys: rows}, torch.ones(1, 12, dtype=torch.bool), torch.arange(12)[None], [[(4, 3)]])
+    choice = dominant_and_contextual(keys, 0.4, scores, seen, torch.tensor([5]))
+    assert choice.keep.sum() == 5
+    assert not choice.keep[0, newline].any()
+    assert torch.equal(choice.mass[0], (~newline).float())
+    assert dominant_and_contextual(keys, 0.4, scores, seen, torch.tensor([11])).keep.sum() == 11
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import vtc.cover as cover
+import vtc.merge as merge
 import vtc.methods.groups as groups
 import vtc.select as select
-from vtc.choice import Seen
+from vtc.choice import Choice, Seen
 from vtc.observe import TokenStates
 
 FEATURES, TOKENS, IMAGES = TokenStates(0), 30, 3
@@ -31,7 +32,8 @@ GREEDY = {
     "dpp": partial(cover.dpp, of=FEATURES),
     "quota": quota,
 }
-ALL = GREEDY | {"grid": select.grid, "top k of each grid": select.top_k_each}
+FEW = select.preferring(lambda seen: seen.index % 3 == 0, GREEDY["farthest"])
+ALL = GREEDY | {"grid": select.grid, "top k of each grid": select.top_k_each, "few first": FEW}
 
 every = pytest.mark.parametrize("name", ALL)
 seeds = pytest.mark.parametrize("seed", range(4))
@@ -101,6 +103,26 @@ def test_the_scale_of_the_features_does_not_matter(name, seed):
     kept = ALL[name](scores, seen, keep).keep
     for factor in (1e-3, 7.0, 1e4):
         assert torch.equal(ALL[name](scores, changed(seen, rows={FEATURES: factor * seen[FEATURES]}), keep).keep, kept)
+
+
+@seeds
+@pytest.mark.parametrize("relevance", [1e-6, 1.0, 1e4])
+def test_dpp_is_the_greedy_determinant_whatever_the_relevance(relevance, seed):
+    """Of tokens that are all relevant alike, against determinants in double precision."""
+
+    def volume(kernel, chosen):
+        return round(float(kernel[chosen][:, chosen].det().log()), 9)
+
+    _, seen, _ = drawn(seed, ragged=False)
+    alike, kept = torch.nn.functional.normalize(seen[FEATURES].double(), dim=1), []
+    for x in alike:
+        kernel, chosen = x.T @ x, []
+        for _ in range(9):
+            others = [j for j in range(TOKENS) if j not in chosen]
+            chosen.append(max(others, key=lambda j: (volume(kernel, [*chosen, j]), -j)))
+        kept.append(sorted(chosen))
+    ours = GREEDY["dpp"](torch.full((IMAGES, TOKENS), relevance), seen, torch.full((IMAGES,), 9)).keep
+    assert [image.nonzero()[:, 0].tolist() for image in ours] == kept
 
 
 @every
@@ -186,3 +208,27 @@ def test_suppression_is_that_of_a_loop(seed):
             if not any(rivals[image, token, other] for other in expected):
                 expected.append(token)
         assert stands[image].nonzero()[:, 0].tolist() == sorted(expected)
+
+
+@seeds
+def test_what_is_preferred_is_chosen_as_if_alone_and_the_best_of_the_others_fill_up(seed):
+    """Of images in which every third token is preferred: those are merged, and the others are not."""
+    scores, seen, _ = drawn(seed)
+
+    def halves(scores, seen, keep):
+        keep = select.top_k(scores, seen, keep).keep
+        place = torch.arange(TOKENS).expand_as(scores)
+        into = place.where(keep, scores.masked_fill(~keep, -torch.inf).argmax(1, keepdim=True))
+        return Choice(keep, into.masked_fill(~seen.valid, -1), weight=merge.sizes(into).clamp(min=1))
+
+    for count in (4, 12):
+        choice = select.preferring(lambda seen: seen.index % 3 == 0, halves)(scores, seen, torch.full((IMAGES,), count))
+        for image in range(IMAGES):
+            order = sorted(range(TOKENS), key=lambda j: -scores[image, j])
+            first = [j for j in order if seen.valid[image, j] and j % 3 == 0]
+            others = [j for j in order if seen.valid[image, j] and j % 3]
+            kept, more = first[:count], others[: max(0, count - len(first))]
+            assert choice.keep[image].nonzero()[:, 0].tolist() == sorted(kept + more)
+            into = {j: j for j in kept + more} | dict.fromkeys(first[count:], kept[0])
+            assert choice.into[image].tolist() == [into.get(j, -1) for j in range(TOKENS)]
+            assert all(choice.weight[image, j] == 1 for j in more)

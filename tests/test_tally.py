@@ -66,6 +66,18 @@ def test_ward_is_that_of_loops(seed, monkeypatch):
     assert ward(states, valid, count).tolist() == expected
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_stands_where_there_is_no_token_does_not_matter(seed):
+    """Of states far from 0, which round less once the mean of the image's own tokens is gone."""
+    generator = torch.Generator().manual_seed(seed)
+    states = 0.3 * torch.randn(1, 72, 16, generator=generator) + 200 * torch.randn(1, 1, 16, generator=generator)
+    everyone, count = torch.ones(1, 72, dtype=torch.bool), torch.tensor([18])
+    wide, valid = torch.nn.functional.pad(states, (0, 0, 0, 648)), torch.nn.functional.pad(everyone, (0, 648))
+    expected = ward(states, everyone, count)
+    assert torch.equal(ward(wide, valid, count)[:, :72], expected)
+    assert expected[0].tolist() == grouped(states[0], list(range(72)), 18)
+
+
 def test_equal_tokens_are_joined_first_and_ties_by_index():
     states = torch.tensor([[[0.0], [4.0], [0.0], [4.0], [9.0], [0.0]]])
     everyone = torch.ones(1, 6, dtype=torch.bool)

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, Row, batch, counted, llava, pixels, prompt
 
 import vtc
-from vtc.methods.tome import ToMe, matches
+from vtc.methods.tome import MergedPatches, ToMe, matches
 
 
 def pairs(key, count, first):
@@ -107,6 +107,42 @@ def test_the_largest_groups_stay_where_blocks_cannot_merge_enough():
     assert sizes.sum() == 36
     assert (sizes > 0).sum() == 7  # with CLS 37, 25, 14, and of those 14 only 6 may join another
     assert sorted(sizes[trace.kept()[0]]) == sorted(sizes)[-2:]
+
+
+def large(model, seed):
+    """A prompt with an image of 2 x 2 tiles, whose patches OneVision scales down to fewer tokens."""
+    call = {"image_sizes": torch.tensor([(96, 96)])}
+    crops = vtc.adapter.find(model).tiles(call)[0]
+    tiles = pixels(torch.Generator().manual_seed(seed), crops, size=48)
+    image = counted(model, {"tiles": tiles, **call})
+    return batch(model, [Row([1, *image.ids, 7, 8], [image])])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", ["llava_next_video", "llava_onevision", "llava_next", "scaled"])
+@torch.no_grad()
+def test_tokens_that_are_merged_are_of_one_group(kind, seed, monkeypatch):
+    """Also where a token is a mean of patches: the packing of a unit matrix says of which."""
+    model = FAMILIES["llava_onevision" if kind == "scaled" else kind].model
+    inputs = (
+        large(model, seed) if kind == "scaled" else prompt(model, ("i" if kind == "llava_next" else "v",), seed=seed)
+    )
+    made, row = [], MergedPatches.row
+    monkeypatch.setattr(MergedPatches, "row", lambda *args: made.append((row(*args), args[2])) or made[-1][0])
+    joined = 0
+    for budget in (0.7, 0.3):
+        with vtc.compressed(model, "tome", budget) as trace:
+            model(**inputs)
+        rows, tower = made[-1]
+        crops, _, patches = rows.shape
+        number = rows[:, 1].long().flatten()
+        unit = torch.eye(crops * patches).view(crops, patches, -1)
+        (weights,) = tower.adapter.pack(unit, tower.call)
+        for token, into in enumerate(trace.stages[0].into[0].tolist()):
+            if into not in (-1, token):
+                joined += 1
+                assert number[weights[[token, into]].any(0)].unique().numel() == 1
+    assert joined or kind not in ("llava_next", "scaled")  # hardly any token of a video is of one group
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "paligemma"])

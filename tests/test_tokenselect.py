@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from models import FAMILIES, batch, continued, prompt, rows, visual
+from models import llava as llava_model
 from test_cache_methods import projected
 from test_cache_site import GREEDY, PLAIN, WINDOWED
 
@@ -146,6 +147,29 @@ def test_what_is_read_is_what_loops_choose(llava, alike):
                 held[row] = flat, []
             assert [column for column in read[layer][row].tolist() if column >= 0] == held[row][1]
     assert (0 < again < asked) if alike < 1 else again == 0
+
+
+def test_products_beyond_the_range_of_half_precision():
+    """In float16, with weights that make products of more than 65504: the choice is that of double precision."""
+    model, layer = llava_model().half(), 3
+    with torch.no_grad():
+        for own in model.base_model.language_model.layers:
+            own.self_attn.q_proj.weight *= 90
+            own.self_attn.k_proj.weight *= 90
+    inputs, steps = prompt(model, (1,)), []
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    vtc.wrap(model, TokenSelect(alike=1.0), 9)
+    with projected(model, layer) as found:
+        model.register_forward_hook(lambda *_: steps.append({name: x.clone() for name, x in found.items()}))
+        _, reads = answered(model, inputs)
+    places = visual(inputs["input_ids"][0]).nonzero()[:, 0]
+    keys, largest = steps[0]["key"][0, :, places].double(), 0.0
+    for step, (_, _, read) in zip(steps[1:], reads, strict=True):
+        products = torch.stack([keys[head // 2] @ step["query"][0, head, 0].double() for head in range(4)])
+        largest = max(largest, float(products.max()))
+        chosen = oracle.top(products.softmax(1).sum(0).tolist(), 9)
+        assert read[layer][0].tolist() == places[chosen].tolist()
+    assert largest > 65504
 
 
 def test_a_full_budget_and_the_prefill_are_as_before(model):

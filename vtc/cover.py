@@ -110,7 +110,7 @@ def dpp(scores: Tensor, seen: Seen, keep: Tensor, of: Need) -> Choice:
         nonlocal gain
         before, pivot = torch.stack(factor, dim=1), gain.gather(1, pick)
         new = row(kernel, pick) - (before.gather(2, pick[:, None].expand(-1, before.shape[1], -1)) * before).sum(1)
-        factor.append((new * pivot.clamp(min=1e-12).rsqrt()).where(pivot > 0, 0))
+        factor.append((new * pivot.clamp(min=1e-36).rsqrt()).where(pivot > 0, 0))
         gain = gain - factor[-1] ** 2
         gain = gain.where(gain > 1e-5 * own, last)
         return gain

@@ -6,11 +6,15 @@ than the widest one; `keep` (images,) int64, the number that stays of each image
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from vtc.choice import Choice, Seen
 from vtc.grids import cells, evenly_spaced, shares
+from vtc.need import Need
 from vtc.scores import rank
 
 
@@ -48,3 +52,33 @@ def top_k_each(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
             best = scores[image, start:end].argsort(descending=True, stable=True)[:share]
             picked[image, start + best] = True
     return Choice(picked)
+
+
+def preferring(
+    first: Callable[[Seen], Tensor], select: Callable[[Tensor, Seen, Tensor], Choice]
+) -> Callable[[Tensor, Seen, Tensor], Choice]:
+    """`select` among the tokens that are `first` (images, tokens) bool, as if there were no others.
+
+    Where those are fewer than `keep`, all of them stay, and of the others the highest scores. What does not stay of the
+    others is taken in by none.
+    """
+
+    def chosen(scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
+        clear = seen.valid & first(seen)
+        best = select(scores, replace(seen, valid=clear), torch.minimum(keep, clear.sum(1)))
+        more = top_k(scores, replace(seen, valid=seen.valid & ~clear), (keep - clear.sum(1)).clamp(min=0)).keep
+        into, weight = best.into, best.weight
+        if into is not None:
+            place = torch.arange(into.shape[1], device=into.device)
+            into = into.masked_fill(~clear, -1).where(~more, place)
+        if weight is not None:
+            weight = weight.masked_fill(~clear, 1)
+        return replace(best, keep=best.keep | more, into=into, weight=weight)
+
+    return chosen
+
+
+def patches(need: Need) -> Callable[[Seen], Tensor]:
+    """Which tokens are patches (images, tokens) bool, by a need of the tower: newlines between the rows of tiles, of
+    which a tower knows nothing, have only zeros there."""
+    return lambda seen: seen[need].any(1)

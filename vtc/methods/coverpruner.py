@@ -34,6 +34,7 @@ class CoverPruner(Method):
         features, probe = TokenStates(0), TextRow(0)
 
         def demand(seen: Seen) -> Tensor:
-            return scores.share(seen[probe][:, 0], seen.valid)
+            asked = seen[probe][:, 0].masked_fill(~seen.valid, 0)
+            return scores.share(asked.where(asked.any(1, keepdim=True), 1), seen.valid)
 
         return (Stage(0, demand, (features, probe), partial(cover.facility, of=features)),)

@@ -35,7 +35,8 @@ class FitPrune(Progressive):
     that the image tokens pay it, the largest over heads. How many leave after each layer is fitted to lose as little
     attention as possible (`vtc fit`); without a schedule of one's own those published for LLaVA-1.5-7B are scaled to
     the depth of the decoder, and a budget lies between two of them, or beyond the last one by a power of what it
-    leaves. The code deletes between a layer's attention and its feed-forward; here tokens leave after the layer.
+    leaves. The code deletes between a layer's attention and its feed-forward; here tokens leave after the layer. Of an
+    image without later text, where all products are 0, the first tokens stay.
     """
 
     layers: tuple[Layer, ...] | None = None

@@ -48,7 +48,8 @@ class HiPrune(Method):
         count = (self.alpha * keep / 5).round().long()
         anchors = top_k(seen[middle][:, 0], seen, count).keep
         beside = _beside(seen) & anchors[:, None]
-        return top_k(scores + 2 * anchors + beside.any(2), seen, keep)  # attention is below 1
+        near = beside.any(2) & (scores > 0)  # no newlines
+        return top_k(scores + 2 * anchors + near, seen, keep)  # attention is below 1
 
 
 def _beside(seen: Seen) -> Tensor:

@@ -14,7 +14,8 @@ from vtc.choice import Seen
 from vtc.grids import cells
 from vtc.need import Need
 from vtc.observe import DecoderRow, PatchStates, Tower
-from vtc.stage import Budget, Method, Shape, Stage
+from vtc.select import grid, preferring
+from vtc.stage import Budget, Cache, Method, Shape, Stage
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,17 @@ class Modifier(Method):
 
 @dataclass(frozen=True)
 class Sinks(Modifier):
-    """Patches of extreme norm never win by attention alone: they rank behind all others of their image.
+    """Patches of extreme norm never win by attention alone: they leave before all others of their image.
 
     "Vision Transformers Need Registers" (arXiv 2309.16588): large vision transformers use a few patches (2 %) of little
     content as memory; their states have about ten times the norm of the others', and attention goes to them. In DINOv2
     most norms lie between 0 and 100, and the paper counts as outliers what is above 150. That is three times the middle
     of the others, and so the same rule serves towers of another scale: a sink's norm, after the block that the
     projector reads, is more than `times` the median over the image's tokens that a stage has before it.
+
+    A stage chooses among the others as if there were no sinks, which fill up by their scores where the others do not
+    suffice, and are taken in by none. An even grid, which looks at no score, stays as it is. In a cache the scores of
+    sinks are below those of all others.
     """
 
     times: Annotated[float, Field(gt=1)] = 3.0
@@ -94,17 +99,22 @@ class Sinks(Modifier):
     def modified(self, stage: Stage, shape: Shape) -> Stage:
         need = PatchNorm(shape.tower_layers - 1)
 
+        def sinks(seen: Seen) -> Tensor:
+            norm = seen[need][:, 0]
+            return norm > self.times * norm.masked_fill(~seen.valid, math.nan).nanmedian(1, keepdim=True).values
+
         def score(seen: Seen) -> Tensor:
-            scores, norm = stage.score(seen), seen[need][:, 0]
-            median = norm.masked_fill(~seen.valid, math.nan).nanmedian(1, keepdim=True).values
-            sink, valid = norm > self.times * median, seen.valid
+            scores, sink, valid = stage.score(seen), sinks(seen), seen.valid
             if scores.ndim == 3:
                 sink, valid = sink[:, None], valid[:, None]
             highest = scores.masked_fill(~valid, -math.inf).amax(-1, keepdim=True)
             lowest = scores.masked_fill(~valid, math.inf).amin(-1, keepdim=True)
             return torch.where(sink, scores - (highest - lowest) - 1, scores)
 
-        return replace(stage, score=score, needs=(*stage.needs, need))
+        select = stage.select
+        if select is not grid and not isinstance(stage.site, Cache):  # there a head chooses without the needs
+            select = preferring(lambda seen: ~sinks(seen), select)
+        return replace(stage, score=score, select=select, needs=(*stage.needs, need))
 
 
 @dataclass(frozen=True)

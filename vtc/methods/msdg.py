@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import vtc.methods.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.observe import PatchStates, QuestionCosine
-from vtc.select import top_k
+from vtc.select import patches, preferring, top_k
 from vtc.stage import Method, Shape, Stage
 
 
@@ -30,7 +30,8 @@ class Msdg(Method):
     The channel of sinks is the paper's for CLIP-L (650) and Qwen2.5-VL (849) where `channel` says so; else, ours, of
     the 8 channels with the largest states the one whose largest is most times its median over the image's patches.
     Layers are scaled to the depth of the tower, or of its blocks that can be seen (Qwen2.5-VL). The question is the
-    text after the image. Tiles of an image compete, and survivors keep their positions.
+    text after the image. Tiles of an image compete, newlines between their rows leave first, and survivors keep their
+    positions.
     """
 
     clusters: PositiveInt = 20
@@ -60,7 +61,7 @@ class Msdg(Method):
             direction = normalize(seen[late], dim=1) - normalize(seen[early], dim=1)
             return self._select(direction, self._clear(seen[sinks].abs(), seen.valid), scores, seen, keep)
 
-        return (Stage(0, score, (early, sinks, before, after, late, question), select),)
+        return (Stage(0, score, (early, sinks, before, after, late, question), preferring(patches(late), select)),)
 
     def _clear(self, states: Tensor, valid: Tensor) -> Tensor:
         """The tokens that are no sinks, by the size of their states (images, width, tokens): (images, tokens) bool."""

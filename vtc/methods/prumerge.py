@@ -15,7 +15,7 @@ from vtc.attention import attention_rows
 from vtc.choice import Choice, Seen
 from vtc.cover import cosines
 from vtc.observe import ClsRow, PatchKeys, ReceivedAttention, Tower
-from vtc.select import grid, top_k
+from vtc.select import grid, patches, top_k
 from vtc.stage import Method, Shape, Stage
 
 
@@ -56,10 +56,10 @@ class PruMerge(Method):
         return (self.ratio,)
 
     def _select(self, keys: PatchKeys, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-        """Centres, a share `uniform` evenly spaced and the rest the best; the patches that they take in; all others,
-        which join the best of these, so that the centres are one less than `keep`."""
+        """Centres, a share `uniform` evenly spaced, but for newlines, and the rest the best; the patches that they take
+        in; all others, which join the best of these, so that the centres are one less than `keep`."""
         centres = (keep - 1).clamp(min=0)
-        spaced = grid(scores, seen, (self.uniform * centres).long()).keep
+        spaced = grid(scores, seen, (self.uniform * centres).long()).keep & patches(keys)(seen)
         centre = top_k(scores.masked_fill(spaced, torch.inf), seen, centres).keep
         other = seen.valid & ~centre
         similar = cosines(seen[keys]).masked_fill(~other[:, None], -torch.inf)  # (images, centres, others)

@@ -14,6 +14,8 @@ import vtc.methods.groups as groups
 from vtc.choice import Choice, Seen
 from vtc.need import Need
 from vtc.observe import PatchStates, salience
+from vtc.scores import rank
+from vtc.select import patches, preferring
 from vtc.stage import Method, Shape, Stage
 
 
@@ -29,9 +31,11 @@ class PruneSID(Method):
     survivors, no more than 5 ceil(T / 64), than its survivors, or than its patches; that bound is raised until T fit.
     In a group survivors come first, then the others, by attention.
 
-    The code draws the components at random and stops early; here they are exact to rounding. It hands out the CLS token
-    as one of the T; here all T are patches, in their order and positions. The paper's budget by the image's information
-    is not in that code and not built. A tower without a CLS token scores by the mean attention that a patch receives.
+    The code draws the components at random and stops early; here they start from fixed numbers and are exact to
+    rounding where the spectrum falls: of components that explain almost equally much, as in noise, it is a mixture that
+    is found. The code hands out the CLS token as one of the T; here all T are patches, in their order and positions.
+    The paper's budget by the image's information is not in that code and not built. A tower without a CLS token scores
+    by the mean attention that a patch receives, and newlines between rows of tiles leave first.
     """
 
     name: ClassVar[str] = "prunesid"
@@ -40,7 +44,8 @@ class PruneSID(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
         states, row = PatchStates(last), salience(shape, last)
-        return (Stage(0, lambda seen: seen[row].sum(1), (row, states), partial(_select, states)),)
+        select = preferring(patches(states), partial(_select, states))
+        return (Stage(0, lambda seen: seen[row].sum(1), (row, states), select),)
 
 
 @torch.no_grad()
@@ -55,7 +60,7 @@ def _select(states: Need, attention: Tensor, seen: Seen, keep: Tensor) -> Choice
     stands = groups.unsuppressed(attention, seen.valid, rivals)
     survivors = groups.sizes(group, stands, loading.shape[2])
     quota = _quota(groups.sizes(group, seen.valid, loading.shape[2]), survivors, keep)
-    order = attention.argsort(dim=1).argsort(dim=1) + attention.shape[1] * stands
+    order = attention.shape[1] * stands - rank(attention, seen.valid)
     return groups.quota(order.float(), seen, keep, group, quota, survivors)
 
 

@@ -30,11 +30,15 @@ class Random(Method):
         return (Stage(0, self._scores),)
 
     def _scores(self, seen: Seen) -> Tensor:
-        draw = _draw(self.seed)[: seen.valid.shape[1]]
+        tokens = seen.valid.shape[1]
+        draw = _draw(self.seed, max(16, tokens.bit_length()))[:tokens]
         return draw.to(seen.valid.device).expand_as(seen.valid)
 
 
 @lru_cache(maxsize=16)
-def _draw(seed: int) -> Tensor:
-    """One long draw, of which every image takes the beginning: so it does not depend on the batch around the image."""
-    return torch.rand(1 << 16, generator=torch.Generator().manual_seed(seed))
+def _draw(seed: int, bits: int = 16) -> Tensor:
+    """One long draw, of which every image takes the beginning: so it does not depend on the batch around the image.
+
+    It has 2^bits numbers, and a longer one begins with a shorter one.
+    """
+    return torch.rand(1 << bits, generator=torch.Generator().manual_seed(seed))

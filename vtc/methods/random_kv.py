@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtc.choice import Seen
+from vtc.grids import cells
 from vtc.methods.window import AfterPrefill
 from vtc.stage import Cache, Shape, Stage
 
@@ -37,12 +38,13 @@ class RandomKv(AfterPrefill):
 
 def drawn(seed: int, layer: int, heads: int, seen: Seen) -> Tensor:
     """Random numbers: (images, heads, tokens)."""
-    return rearrange(
-        _draw(seed, layer, heads).to(seen.index.device)[seen.index], "image token head -> image head token"
-    )
+    bits = max(14, max(map(cells, seen.parts), default=0).bit_length())
+    numbers = _draw(seed, layer, heads, bits).to(seen.index.device)
+    return rearrange(numbers[seen.index], "image token head -> image head token")
 
 
 @lru_cache(maxsize=128)
-def _draw(seed: int, layer: int, heads: int) -> Tensor:
-    """(patches, heads): more than any image has, so that a patch's draw does not depend on the others."""
-    return torch.rand(1 << 14, heads, generator=torch.Generator().manual_seed(seed * 1009 + layer))
+def _draw(seed: int, layer: int, heads: int, bits: int) -> Tensor:
+    """(2^bits, heads), more than any image has patches; a longer one begins with a shorter one, so that a patch's draw
+    does not depend on the others."""
+    return torch.rand(1 << bits, heads, generator=torch.Generator().manual_seed(seed * 1009 + layer))

@@ -11,6 +11,7 @@ from pydantic import NonNegativeFloat
 import vtc.cover as cover
 import vtc.scores as scores
 from vtc.observe import PatchStates, salience
+from vtc.select import patches, preferring
 from vtc.stage import Method, Shape, Stage
 
 
@@ -23,8 +24,8 @@ class SCoRe(Method):
     token in the block that the projector reads, head mean, and m the cosine distance to the nearest patch that is kept.
 
     Known from a third party's selector and notes of the paper; no code by its authors was read. A tower without a CLS
-    token weighs by the mean attention that a patch receives, tiles of an image compete, and survivors keep their
-    positions, each of which is ours.
+    token weighs by the mean attention that a patch receives, tiles of an image compete, newlines between their rows
+    leave first, and survivors keep their positions, each of which is ours.
     """
 
     alpha: NonNegativeFloat = 0.8
@@ -38,4 +39,6 @@ class SCoRe(Method):
         last = shape.tower_layers - 1
         states, row = PatchStates(last), salience(shape, last)
         covering = partial(cover.farthest, of=states, power=self.alpha)
-        return (Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), covering),)
+        return (
+            Stage(0, lambda seen: scores.head_mean(seen[row]), (row, states), preferring(patches(states), covering)),
+        )

@@ -33,7 +33,7 @@ class SparseVLM(Progressive):
 
     A cluster's token stays where its centre was; the code puts them behind the image, and renumbers. `keep_ratios`, and
     so budgets, count them. Ties of densities, to which the code adds noise, go to the earlier token. The code never
-    keeps all; a full budget here does.
+    keeps all; a full budget here does. Of an image without later text, which nobody rates, the first tokens stay.
     """
 
     layers: tuple[Layer, ...] | None = None

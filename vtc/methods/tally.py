@@ -23,8 +23,8 @@ class Tally(Method):
     Our own, without training or labels. Before the decoder Ward's clustering of the patch states that the projector
     reads leaves r N groups. A group is the plain mean of its projected features, in the place of its first patch, and
     counts as a key as many times as it has patches: log n on its logits, in all decoder layers and at decode. In the
-    middle of the decoder the r^power N groups stay that the text after the image attends to most, weights included. A
-    budget sets r.
+    middle of the decoder the r^power N groups stay that the text after the image attends to most, weights included; of
+    an image without later text the first ones. A budget sets r.
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.366

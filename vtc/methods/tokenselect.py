@@ -83,4 +83,17 @@ class StepProducts(StepQuery):
     def row(self, record: dict[str, Tensor], view: View) -> Tensor:
         keys = view.apart(self.layer)
         query = rearrange(super().row(record, view)[..., 0], "b (g r d) -> b g r d", g=keys.shape[1], d=keys.shape[3])
-        return (query.to(keys) @ keys.transpose(2, 3)).flatten(1, 2).float()
+        return in_full(query, keys).flatten(1, 2)
+
+
+def in_full(query: Tensor, keys: Tensor) -> Tensor:
+    """Products of queries (batch, key_heads, queries, head_dim) with keys (batch, key_heads, tokens, head_dim): (batch,
+    key_heads, queries, tokens) float32, as they may be beyond the range of the keys' own type."""
+    if MIXED and keys.is_cuda and keys.dtype in (torch.float16, torch.bfloat16):  # without a copy of the keys
+        both = query.to(keys).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        return torch.bmm(*both, out_dtype=torch.float32).unflatten(0, keys.shape[:2])
+    return query.float() @ keys.float().transpose(2, 3)
+
+
+MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether this torch multiplies half precision into float32 on CUDA."""

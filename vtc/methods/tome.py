@@ -30,7 +30,8 @@ class ToMe(Method):
     size, attention proportional to size. Where more groups are left than the budget allows (a block halves its patches
     at most), the largest stay. ToMe merges between a block's attention and its feed-forward, and lets the order of the
     tokens go; here merging comes after both, and a group's token sits where the first of its patches that the decoder
-    reads was, in raster order.
+    reads was, in raster order. Where the projector averages patches, of a video or a scaled image, a visual token of
+    several groups joins none.
     """
 
     share: Share | None = None
@@ -64,11 +65,12 @@ class ToMe(Method):
 
 def _largest(need: MergedPatches, sizes: Tensor, seen: Seen, keep: Tensor) -> Choice:
     """The largest groups stay, each as the patch that stands for it; the others of a group are merged into that one."""
-    stays, group = top_k(sizes, seen, keep).keep, seen[need][:, 1].long()
+    stays, group = top_k(sizes, seen, keep).keep, seen[need][:, 1].round().long()
+    group = group.masked_fill((_mark(group) - seen[need][:, 2]).abs() > 1e-4, 0)
     place = torch.arange(sizes.shape[1], device=sizes.device).expand_as(group)
     leaders = torch.full((len(sizes), int(group.max()) + 1), -1, device=sizes.device)
     leaders.scatter_reduce_(1, group, torch.where(stays & seen.valid, place, -1), "amax")
-    leaders[:, 0] = -1  # tokens that are no patch, such as the newlines of anyres
+    leaders[:, 0] = -1  # tokens that are no patch, such as the newlines of anyres, or of patches of several groups
     return Choice(stays, torch.where(stays, place, leaders.gather(1, group)))
 
 
@@ -92,10 +94,10 @@ def matches(key: Tensor, count: int, protected: int) -> Tensor:
 class MergedPatches(Need):
     """Merges a tower's patches until `share` of them is left before block `layer`, the last that the projector reads.
 
-    The row is how many patches each one stands for, 0 where another one does, and the number of its group, counted from
-    1 over all crops: (crops, 2, patches). Every block before merges equally many, half of its patches at most. ToMe
-    merges between a block's attention and its feed-forward; here it is after both, on the same keys, so that no
-    block's code has to be copied.
+    The row is how many patches each one stands for, 0 where another one does, the number of its group, counted from 1
+    over all crops, and that number's `_mark`: (crops, 3, patches). Every block before merges equally many, half of its
+    patches at most. ToMe merges between a block's attention and its feed-forward; here it is after both, on the same
+    keys, so that no block's code has to be copied.
     """
 
     share: float
@@ -136,7 +138,7 @@ class MergedPatches(Need):
         first = torch.full_like(size, 2 * length, dtype=torch.long).scatter_reduce(1, source, place, "amin") % length
         sizes = torch.zeros(source.shape, device=size.device).scatter(1, first, size)
         number = source + 1 + length * torch.arange(len(source), device=source.device)[:, None]
-        return torch.stack((sizes, number.to(sizes.dtype)), dim=1)[:, :, protected:]
+        return torch.stack((sizes, number.to(sizes), _mark(number).to(sizes)), dim=1)[:, :, protected:]
 
     def _weigh(self, block: nn.Module, args: tuple) -> tuple | None:
         """Before a block: each key counts as many times as it has patches."""
@@ -172,6 +174,15 @@ class MergedPatches(Need):
         if (record := self.record()) is None or record["size"].shape == record["source"].shape:
             return None
         return compact.gather(hidden, record["source"])
+
+
+def _mark(number: Tensor) -> Tensor:
+    """A fixed draw from [0, 1) for the number of each group: int64 to float32, of the same shape.
+
+    A visual token may be a mean of several patches. Of patches of one group it has the number and its mark; the mean
+    numbers of several groups may be that of another group, but their mean marks are not its mark.
+    """
+    return (number % 65521) ** 3 % 65521 * 40503 % 65521 / 65521
 
 
 def _visible(tower: Tower, crops: int, patches: int) -> Tensor:

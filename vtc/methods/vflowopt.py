@@ -74,7 +74,10 @@ class VFlowOpt(Method):
 
         def score(seen: Seen) -> Tensor:
             importance = seen[attention][:, 0]
-            return importance + self.alpha * seen[entropy][:, 0] if self.alpha else importance
+            if not self.alpha:
+                return importance
+            more = seen[entropy][:, 0]
+            return (importance + self.alpha * more).where(more > 0, -abs(self.alpha))  # newlines have none
 
         first: Select = partial(recycle, cell=self.cell)
         inside = (Stage(layer, score, needs) for layer in shape.layers(self.layers, 9, 18, of=28))

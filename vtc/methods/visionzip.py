@@ -15,7 +15,7 @@ from vtc.choice import Choice, Seen
 from vtc.cover import cosines
 from vtc.merge import weighed
 from vtc.observe import PatchKeys, Tower, salience
-from vtc.select import top_k
+from vtc.select import patches, top_k
 from vtc.stage import Method, Shape, Stage
 
 
@@ -63,14 +63,19 @@ class MeanKeys(PatchKeys):
 
 
 def dominant_and_contextual(keys: MeanKeys, share: float, scores: Tensor, seen: Seen, keep: Tensor) -> Choice:
-    """The best stay; `share` of `keep` are targets at even steps among the others, which join the most similar one."""
+    """The best stay; `share` of `keep` are targets at even steps among the others, which join the most similar one.
+
+    Newlines are targets only where other patches do not suffice, and count for nothing in a mean.
+    """
     contextual = (share * keep).round().long()
     others = seen.valid & ~top_k(scores, seen, keep - contextual).keep
-    place = others.cumsum(1) - 1
-    step = (others.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
-    target = others & (place % step == 0) & (place // step < contextual[:, None])
+    patch = patches(keys)(seen)
+    among = torch.where(((others & patch).sum(1) < contextual)[:, None], others, others & patch)
+    place = among.cumsum(1) - 1
+    step = (among.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
+    target = among & (place % step == 0) & (place // step < contextual[:, None])
     nearest = cosines(seen[keys]).masked_fill(~target[:, None], -torch.inf).argmax(2)
     stays = target | seen.valid & ~others
     into = torch.where(stays, torch.arange(stays.shape[1], device=stays.device), nearest)
     joins = stays | others & (contextual > 0)[:, None]
-    return Choice(stays, into.where(joins, -1), mass=torch.ones_like(scores))
+    return Choice(stays, into.where(joins, -1), mass=patch.float())

@@ -15,7 +15,7 @@ from vtc.choice import Choice, Seen
 from vtc.core.compact import gather
 from vtc.cover import cosines
 from vtc.observe import PatchStates, salience
-from vtc.select import top_k
+from vtc.select import patches, preferring, top_k
 from vtc.stage import Method, Shape, Share, Stage
 
 
@@ -28,8 +28,8 @@ class VisPruner(Method):
     CLS attention, averaged over heads. The others stand in descending order of it; in each round those in even places
     are compared with those in odd places, by the cosine of what the projector reads, and the `step` even ones most
     similar to an odd one leave, until the budget is met. A tower without a CLS token scores by the mean attention that
-    a patch receives. Survivors keep their original positions, which the code renumbers, and tiles of an image share
-    one budget, where each has its own in the code.
+    a patch receives. Survivors keep their original positions, which the code renumbers; tiles of an image share one
+    budget, where each has its own in the code, and newlines between their rows leave first.
     """
 
     important: Share = 0.5
@@ -44,7 +44,7 @@ class VisPruner(Method):
     def stages(self, shape: Shape) -> tuple[Stage, ...]:
         last = shape.tower_layers - 1
         attention, states = salience(shape, last), PatchStates(last)
-        select = partial(important_and_diverse, states, self.important, self.step)
+        select = preferring(patches(states), partial(important_and_diverse, states, self.important, self.step))
         return (Stage(0, lambda seen: scores.head_mean(seen[attention]), (attention, states), select),)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vtc.core.compact import gather
+from vtc.cover import centred
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def _pairs(cost: Tensor, excess: Tensor, allowance: Tensor) -> tuple[Tensor, Ten
 
 def _costs(states: Tensor, valid: Tensor) -> Tensor:
     """What joining two tokens costs: (images, tokens + 1, tokens + 1), symmetric, infinite where they cannot be."""
-    states = states - states.mean(1, keepdim=True)  # small numbers round little
+    states = centred(states.transpose(1, 2), valid).transpose(1, 2)  # small numbers round little
     product = states @ states.transpose(1, 2)
     square = product.diagonal(dim1=1, dim2=2)
     cost = ((square[:, :, None] + square[:, None]) / 2 - (product + product.transpose(1, 2)) / 2).clamp(min=0)

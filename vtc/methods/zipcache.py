@@ -72,9 +72,10 @@ class ProbeRow(WindowRow):
         number, total = real.sum(1, keepdim=True), real.shape[1]
         order, asking = real.long().argsort(dim=1, stable=True), (self.probes * number).ceil().clamp(min=1)
         slot = torch.arange(max(1, math.ceil(self.probes * total)), device=real.device)
-        early = (total - number + (slot + 0.5) * (number - asking) / asking).long().clamp(max=total - 1)
+        before = torch.minimum(asking, number - asking)
+        early = (total - number + (slot + 0.5) * (number - asking) / before.clamp(min=1)).long().clamp(max=total - 1)
         last = (total - 1 - slot).expand_as(early)
-        asks = torch.cat((slot < torch.minimum(asking, number - asking), slot < asking), dim=1)
+        asks = torch.cat((slot < before, slot < asking), dim=1)
         return order.gather(1, torch.cat((early, last), dim=1)), asks[view.stream.row].float()
 
     @staticmethod
