@@ -137,7 +137,8 @@ class Trace:
         return result
 
     def scores(self, stage: int = -1) -> list[Tensor]:
-        """For each batch row the scores of the tokens that entered a stage, 1-D float32.
+        """For each batch row the scores of the tokens that entered a stage, float32: (tokens,), or (key_heads, tokens)
+        of a method of the cache whose heads keep different ones.
 
         Raises ValueError where the budget left the stage nothing to drop, so that nothing was scored.
         """

@@ -1,4 +1,4 @@
-"""Cosine: keep the tokens that are least like all others; vLLM's default for images."""
+"""Cosine: keep the tokens that are least like all others; proposed to vLLM."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vtc.stage import Method, Shape, Stage
 class Cosine(Method):
     """Keep the projected tokens whose cosines with all others of the image have the lowest sum.
 
-    vLLM's image pruning by "cosine", as proposed there (pull request 60963 and a rival branch); no paper. Of N tokens
-    vLLM keeps max(1, floor(N (1 - q))) at the rate q; here a budget says how many. Survivors keep their positions.
+    Image pruning by "cosine", as proposed to vLLM (pull request 60963 and a rival branch); no paper. Of N tokens the
+    proposal keeps max(1, floor(N (1 - q))) at the rate q; here a budget says how many. Survivors keep their positions.
     """
 
     name: ClassVar[str] = "cosine"
