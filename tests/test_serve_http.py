@@ -5,7 +5,9 @@ import json
 import re
 
 import httpx
+import numpy
 import pytest
+from PIL import Image
 from serve_fixtures import (
     NEW,
     QUARTER,
@@ -44,6 +46,14 @@ def test_replies_are_those_of_generate(served):
     ]
     replies = post(served, *(request(question, *seen, **more) for question, _, seen, more in asked))
     assert [*map(content, replies)] == [spoken(question, spend, *seen) for question, spend, seen, _ in asked]
+
+
+def test_grey_of_16_bits_is_answered_as_of_8(served):
+    """Pillow alone would make it white."""
+    grey, white = picture(0).convert("L"), Image.new("RGB", (48, 48), "white")
+    deep = Image.fromarray(numpy.asarray(grey, dtype=numpy.uint16) * 257)
+    answer = spoken(QUESTIONS[0], QUARTER, grey.convert("RGB"))
+    assert content(post(served, request(QUESTIONS[0], deep))[0]) == answer != spoken(QUESTIONS[0], QUARTER, white)
 
 
 def test_a_reply_tells_what_it_cost(served):

@@ -12,6 +12,7 @@ import socket
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vtc.grey import in_8_bits
 from vtc.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -90,8 +91,7 @@ def _decoded(content: bytes, pixels: int) -> Image.Image:
                 raise ValueError(f"an image of {image.width} x {image.height} pixels where {pixels} are left to use")
             if max(image.size) > NARROW * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels: one side is over {NARROW} times the other")
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
+            return in_8_bits(ImageOps.exif_transpose(image), "the image").convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not an image: {', '.join(FORMATS)} are read") from None
     except (ValueError, Image.DecompressionBombError) as error:
