@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image, ImageFile
+from pydantic import ValidationError
 from serve_fixtures import (
     QUARTER,
     QUESTIONS,
@@ -24,6 +25,7 @@ from serve_fixtures import (
 )
 
 from vtc.serve.encode import Pruned
+from vtc.serve.request import Asked
 
 
 def png(width: int, height: int) -> str:
@@ -45,6 +47,12 @@ def damaged_exif(place: int, byte: int) -> str:
 def shows(*urls: str) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+
+
+def many_parts() -> dict:
+    """Of two messages, each of which alone would do."""
+    half = {"role": "user", "content": [{"type": "text", "text": ""}] * 501}
+    return {"model": "tiny", "messages": [half, half]}
 
 
 BAD = {
@@ -84,6 +92,8 @@ BAD = {
     "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),
     "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
     "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
+    "too many messages": (400, {"model": "tiny", "messages": [{"role": "user", "content": ""}] * 1001}, "1001 messages"),
+    "too many parts": (400, many_parts(), "1002 messages and parts of them; this server takes 1000"),
     "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),
 }
 
@@ -127,6 +137,19 @@ def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
     (reply,) = post(served, request("color " * 1020, picture(0)))
     assert (reply.status_code, worked) == (400, [])
     assert "this server holds 1024" in reply.json()["error"]["message"]
+
+
+def test_too_many_images_are_refused_before_the_template(served, monkeypatch):
+    monkeypatch.setattr(type(served.chat.reading.processor), "apply_chat_template", None)
+    (reply,) = post(served, shows(*[png(1, 1)] * 3))
+    assert (reply.status_code, "3 images" in reply.json()["error"]["message"]) == (400, True)
+
+
+def test_of_many_unknown_fields_one_is_told():
+    """Others wait while a request is checked."""
+    with pytest.raises(ValidationError) as caught:
+        Asked.model_validate(request("a", **{f"x{n}": n for n in range(1000)}))
+    assert [error["loc"] for error in caught.value.errors()] == [("x0",)]
 
 
 def test_a_request_fills_the_blocks_of_the_cache_and_no_more():

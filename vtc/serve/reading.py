@@ -46,7 +46,12 @@ class Reading:
         return await asyncio.to_thread(opened)
 
     async def text(self, asked: Asked) -> tuple[str, list[int]]:
-        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, or is too long."""
+        """The prompt, with one placeholder for each image.
+
+        Raises ValueError where text holds one, or is too long, and for too many images.
+        """
+        if len(asked.urls) > self.limits.images:
+            raise ValueError(f"{len(asked.urls)} images; this server takes {self.limits.images} in a request")
         messages = [message.model_dump(exclude_none=True) for message in asked.messages]
         try:
             chat = BaseHandler.get_processor_inputs_from_messages(messages, Modality.VLM)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
+
+PARTS = 1000
+"""Texts and images of a request, over all its messages."""
 
 
 @cache
@@ -25,10 +29,15 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, given: Any) -> Any:
-        """Without what is not known and null, which says nothing: so gradio's chat sends earlier turns."""
+        """Without what is not known and null, which says nothing: so gradio's chat sends earlier turns.
+
+        Of what else is not known the first is enough: a million names would be a million errors.
+        """
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+        known = {name: value for name, value in given.items() if name in cls.model_fields}
+        unknown = (one for one in given.items() if one[0] not in known and one[1] is not None)
+        return known | dict(islice(unknown, 1))
 
 
 def _encodable(given: str) -> str:
@@ -65,6 +74,16 @@ class Message(_Strict):
     name: Words | None = None
 
 
+def _bounded(given: Any) -> Any:
+    """Each part takes its time here and in the chat template, while nobody else is answered."""
+    if isinstance(given, list):
+        contents = (one.get("content") if isinstance(one, dict) else None for one in given)
+        parts = sum(max(1, len(content)) if isinstance(content, list) else 1 for content in contents)
+        if parts > PARTS:
+            raise ValueError(f"{parts} messages and parts of them; this server takes {PARTS} in a request")
+    return given
+
+
 Tokens = Annotated[int, Field(ge=1, le=10**6, strict=True)]
 
 
@@ -93,7 +112,7 @@ class Asked(_Strict):
     """A request."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_bounded)]
     vtc: Compress | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
