@@ -3,15 +3,19 @@
 import asyncio
 import json
 import re
+from dataclasses import replace
 
 import httpx
+import models
 import numpy
 import pytest
+from own_models import llava_next_processor, llava_onevision_processor
 from PIL import Image
 from serve_fixtures import (
     NEW,
     QUARTER,
     QUESTIONS,
+    SIZES,
     content,
     get,
     in_a_loop,
@@ -46,6 +50,22 @@ def test_replies_are_those_of_generate(served):
     ]
     replies = post(served, *(request(question, *seen, **more) for question, _, seen, more in asked))
     assert [*map(content, replies)] == [spoken(question, spend, *seen) for question, spend, seen, _ in asked]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["onevision", "next"])
+def test_several_images_are_read_as_generate_reads_them(together):
+    """OneVision cuts an image into tiles where it is the only one of its prompt."""
+    model = models.llava_next(windows=False) if together else models.llava_onevision()
+    model.generation_config.suppress_tokens = None
+    served = model, llava_next_processor() if together else llava_onevision_processor()
+    seen = [picture(0).resize((96, 48)), picture(1).resize((48, 100))]
+    told = []
+    with serving(sizes=replace(SIZES, cache=4096, remembered=2048), served=served) as server:
+        for images in (seen, seen[:1]):
+            (reply,) = post(server, request(QUESTIONS[1], *images))
+            assert content(reply) == spoken(QUESTIONS[1], QUARTER, *images, served=served)
+            told.append(reply.json()["usage"]["vtc"]["packed"])
+    assert told == [together, True]
 
 
 def test_grey_of_16_bits_is_answered_as_of_8(served):

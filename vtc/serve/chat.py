@@ -37,6 +37,8 @@ class Chat(ChatCompletionHandler):
         self.alone = GenerateManager()
         self.why_alone = reading.reason() or self.packed.engine.reason()
         """Why no request of this model can be packed; None where they can."""
+        self.why_several_alone = self.why_alone or reading.reason_of_several()
+        """Why none with several images can."""
         self.default: Callable[[], Spend]
         """Method and budget of a request that names none, at this load."""
 
@@ -51,7 +53,8 @@ class Chat(ChatCompletionHandler):
             text, ids = await self.reading.text(asked)
             self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
             pictures = await self.reading.pictures(asked)
-            if self.why_alone is None and asked.packed:
+            why_alone = self.why_several_alone if len(pictures) > 1 else self.why_alone
+            if why_alone is None and asked.packed:
                 try:
                     return await self._packed(asked, ticket, config, ids, pictures)
                 except Alone:

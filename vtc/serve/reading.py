@@ -123,6 +123,23 @@ class Reading:
         if tokens + new > self.context:
             raise ValueError(f"a prompt of {tokens} tokens and an answer of {new}; this server holds {self.context}")
 
+    def reason_of_several(self) -> str | None:
+        """Why no request with several images can; None where they can, each encoded as if it were alone.
+
+        LLaVA-OneVision cuts the image of a prompt into tiles, and of several none.
+        """
+        from PIL import Image as pillow
+
+        wide = pillow.new("RGB", (1536, 768))
+        one, two = (self._placeholders([wide] * count) for count in (1, 2))
+        return None if two == 2 * one else "this model sees several images in another way than one"
+
+    def _placeholders(self, images: list[Image]) -> int:
+        """Visual tokens of one prompt."""
+        text = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder) * len(images)
+        made = self.processor(images=[images], text=[text], add_special_tokens=False, return_tensors="pt")
+        return int((made["input_ids"] == self.placeholder).sum())
+
     def reason(self) -> str | None:
         """Why no request of this model can share a batch; None where it can."""
         from PIL import Image as pillow
