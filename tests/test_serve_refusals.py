@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 from PIL import Image, ImageFile
@@ -16,6 +17,7 @@ from serve_fixtures import (
     SIZES,
     content,
     data_url,
+    in_a_loop,
     picture,
     post,
     request,
@@ -122,6 +124,18 @@ def test_images_that_have_no_room_now_are_told_to_come_again():
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         memory.release(kept)
         assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
+
+
+def test_who_has_an_answer_has_given_its_images_back():
+    """Room for one image, and a client that asks again at once."""
+    with serving(sizes=replace(SIZES, remembered=40), method=None) as server:
+
+        async def asked() -> list[int]:
+            bodies = [request(QUESTIONS[0], picture(n), stream=n % 2 > 0) | {"max_tokens": 2} for n in range(6)]
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=server.app), base_url="http://x") as client:
+                return [(await client.post("/v1/chat/completions", json=body)).status_code for body in bodies]
+
+        assert in_a_loop(asked()) == [200] * 6
 
 
 def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
