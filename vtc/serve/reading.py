@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,6 +14,7 @@ from PIL.Image import Image
 from transformers.cli.serving.utils import BaseHandler, Modality
 
 from vtc.serve.encode import NOTHING, Alone, Spend, prune
+from vtc.serve.images import ADDRESSES
 from vtc.serve.images import images as open_images
 from vtc.serve.limits import Limits
 from vtc.serve.memory import Full, Kept, Memory
@@ -33,6 +34,7 @@ class Reading:
         self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
         self.memory: Memory = tower.memory
         self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for other threads
+        self._fetching = ThreadPoolExecutor(limits.waiting, "vtc-fetch")  # others wait for no address
         self.placeholder: int = tower.adapter.image_token_id
         self.characters = context * max(map(len, processor.tokenizer.get_vocab()))
         """Of a text: `context` times those of the longest token."""
@@ -43,7 +45,8 @@ class Reading:
         def opened() -> list[Picture]:
             return [(image, self.memory.digest(image)) for image in open_images(asked.urls, self.limits)]
 
-        return await asyncio.to_thread(opened)
+        slow = self._fetching if any(url.startswith(ADDRESSES) for url in asked.urls) else None
+        return await asyncio.get_running_loop().run_in_executor(slow, opened)
 
     async def text(self, asked: Asked) -> tuple[str, list[int]]:
         """The prompt, with one placeholder for each image.
