@@ -1,8 +1,11 @@
 """The server: replies as OpenAI's, bounds that hold, clients that go away, a worker that dies."""
 
 import asyncio
+import gc
 import json
 import re
+import threading
+import weakref
 from dataclasses import replace
 
 import httpx
@@ -197,6 +200,37 @@ def test_who_leaves_before_the_first_part_is_answered_no_further(more, monkeypat
         assert in_a_loop(run())
         assert bool(cancelled) is not bool(solos)
         assert all(solo.gone.is_set() for solo in solos)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_who_leaves_before_its_turn_leaves_no_pixels(served, stream, monkeypatch):
+    """Nobody counts those who have left, and a turn may be long in coming."""
+    reading, turn, kept = served.chat.reading, threading.Event(), []
+    make = reading.inputs
+
+    async def made(*given):
+        inputs = await make(*given)
+        kept.append(weakref.ref(inputs["pixel_values"]))
+        return inputs
+
+    async def run() -> None:
+        asked = request(QUESTIONS[0], picture(0), stream=stream, temperature=1)
+        task = asyncio.create_task(served.chat.handle_request(asked, "x"))
+        while not kept:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        left = kept[0]()
+        turn.set()
+        await asyncio.wrap_future(served.chat.alone.submit(lambda: None))
+        assert left is None
+
+    monkeypatch.setattr(reading, "inputs", made)
+    served.chat.alone.submit(turn.wait, 60)
+    in_a_loop(run())
 
 
 def test_a_stream_that_fails_says_why(served, monkeypatch):

@@ -101,18 +101,19 @@ class Chat(ChatCompletionHandler):
         self, asked: Asked, ticket: Ticket, config: GenerationConfig, text: str, pictures: list[Picture]
     ) -> StreamingResponse | JSONResponse:
         inputs = await self.reading.inputs(text, pictures)
-        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode)
+        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode, inputs)
         ticket.packed, ticket.prompt_tokens = False, inputs["input_ids"].shape[1]
         ticket.before = ticket.after = 0
         self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
-        parts = (solo, self.reading.processor, asked.model, inputs, config, self.alone)
+        ids = {"input_ids": inputs["input_ids"]}  # the rest is with `solo`, which lets go of it
+        parts = (solo, self.reading.processor, asked.model, ids, config, self.alone)
         if asked.stream:
-            return self._streamed(solo.gone.set, ticket, *parts)
+            return self._streamed(solo.leave, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
             return await asyncio.shield(whole)
         except asyncio.CancelledError:
-            solo.gone.set()
+            solo.leave()
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
 
