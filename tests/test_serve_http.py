@@ -61,14 +61,14 @@ def test_several_images_are_read_as_generate_reads_them(together):
     model = models.llava_next(windows=False) if together else models.llava_onevision()
     model.generation_config.suppress_tokens = None
     served = model, llava_next_processor() if together else llava_onevision_processor()
-    seen = [picture(0).resize((96, 48)), picture(1).resize((48, 100))]
+    seen, strip = [picture(0).resize((96, 48)), picture(1).resize((48, 100))], picture(2).resize((720, 12))
     told = []
     with serving(sizes=replace(SIZES, cache=4096, remembered=2048), served=served) as server:
-        for images in (seen, seen[:1]):
+        for images in (seen, seen[:1], [strip]):
             (reply,) = post(server, request(QUESTIONS[1], *images))
             assert content(reply) == spoken(QUESTIONS[1], QUARTER, *images, served=served)
             told.append(reply.json()["usage"]["vtc"]["packed"])
-    assert told == [together, True]
+    assert told == [together, True, True]
 
 
 def test_grey_of_16_bits_is_answered_as_of_8(served):
