@@ -5,6 +5,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -27,7 +28,7 @@ from serve_fixtures import (
 )
 
 from vtc.serve.encode import Pruned
-from vtc.serve.request import Asked
+from vtc.serve.request import Asked, read
 
 
 def png(width: int, height: int) -> str:
@@ -107,6 +108,41 @@ def test_bad_input_is_refused_with_a_reason(served, case, monkeypatch):
     (reply,) = post(served, body)
     assert reply.status_code == status, reply.text
     assert re.search(why, reply.json()["error"]["message"], re.DOTALL)
+
+
+def test_where_the_model_lies_stays_private(served, monkeypatch):
+    """Also in a stream, and where the server itself fails."""
+    home = str(Path(served.chat.reading.model.config._name_or_path))
+
+    def broken(*model, **inputs):
+        raise RuntimeError(f"no weights in {home}")
+
+    untrained = post(served, request("a", picture(0), vtc={"method": "atp", "budget": 0.4}))[0]
+    monkeypatch.setattr(type(served.chat.reading.model), "generate", broken)
+    whole, streamed = post(served, *[request("a", temperature=1, stream=stream) for stream in (False, True)])
+    assert (untrained.status_code, "tiny/atp has modules for none" in untrained.text) == (400, True)
+    assert (whole.status_code, whole.json()["error"]["message"]) == (
+        500, "the server failed at this request; its log says why"
+    )  # fmt: skip
+    assert "no weights in tiny" in streamed.text
+    assert not any(home in reply.text for reply in (untrained, whole, streamed))
+
+
+def test_a_budget_out_of_reach_is_refused_before_a_stream_begins(served):
+    alone = request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}, temperature=1)
+    replies = post(served, alone, alone | {"stream": True})
+    assert [reply.status_code for reply in replies] == [400, 400]
+    assert replies[0].json() == replies[1].json()
+
+
+def test_a_budget_of_no_method_is_refused():
+    """Where a server reads all visual tokens, and not where its method happens to."""
+    asked = request("a", picture(0), vtc={"budget": 0.5})
+    with serving(method=None) as server:
+        (refused,) = post(server, asked)
+        assert refused.status_code == 400
+        assert "vtc.budget: this server reads all visual tokens" in refused.json()["error"]["message"]
+    assert read(asked).spend(("uniform", 1.0)) == ("uniform", 0.5)
 
 
 def test_the_server_lives_after_bad_input(served):

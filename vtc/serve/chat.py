@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -15,6 +16,8 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager
 
+from vtc.core.compression import Compression
+from vtc.methods.compose import with_budget
 from vtc.serve.alone import Solo
 from vtc.serve.encode import Alone, Spend
 from vtc.serve.engine import Packed, State
@@ -61,9 +64,14 @@ class Chat(ChatCompletionHandler):
                     pass
             return await self._alone(asked, ticket, config, text, pictures)
         except ValueError as error:
-            raise HTTPException(400, str(error)) from None
+            raise HTTPException(400, self.public(str(error))) from None
         except Full as error:
             raise HTTPException(429, str(error), {"retry-after": "1"}) from None
+
+    def public(self, said: str) -> str:
+        """What an error says, without where the model lies on this machine."""
+        home = getattr(self.reading.model.config, "_name_or_path", "")
+        return said.replace(str(Path(home)), self.model_manager.force_model) if home and Path(home).is_dir() else said
 
     def _config(self, asked: Asked) -> GenerationConfig:
         """Greedy, unless a temperature is asked for."""
@@ -108,6 +116,7 @@ class Chat(ChatCompletionHandler):
         ids = {"input_ids": inputs["input_ids"]}  # the rest is with `solo`, which lets go of it
         parts = (solo, self.reading.processor, asked.model, ids, config, self.alone)
         if asked.stream:
+            await asyncio.to_thread(self._check, ticket.spend)
             return self._streamed(solo.leave, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
@@ -117,12 +126,17 @@ class Chat(ChatCompletionHandler):
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
 
+    def _check(self, spend: Spend) -> None:
+        """Raise what the method or the budget raises on this model: once a stream has begun its status is told."""
+        method, own = with_budget(spend[0])
+        Compression(self.reading.model, method, own if spend[1] is None else spend[1])
+
     def _streamed(self, over: Callable[[], None], *parts: Any) -> StreamingResponse:
         """`over` is called when the reply has ended, also where its client left before the first part was asked for."""
         response = self._streaming(*parts)
         if (task := asyncio.current_task()) is not None:
             task.add_done_callback(lambda _: over())
-        response.body_iterator = _with_end(response.body_iterator)  # type: ignore[arg-type]
+        response.body_iterator = _with_end(response.body_iterator, self.public)  # type: ignore[arg-type]
         return response
 
     # -- replies --------------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ FAILED = 'data: {"error": "'
 """How upstream's chunk of an error begins, with the text as it is; in JSON, text has no quotation mark of this kind."""
 
 
-async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _with_end(chunks: AsyncIterator[str], public: Callable[[str], str]) -> AsyncIterator[str]:
     """With the line that ends a stream for OpenAI's clients, or an error as they read it."""
     try:
         async for chunk in chunks:
@@ -159,7 +173,7 @@ async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
             if before:
                 yield before
             if failed:
-                error = problem(500, why.removesuffix('"}\n\n'))
+                error = problem(500, public(why.removesuffix('"}\n\n')))
                 yield f"data: {json.dumps(error)}\n\n"
                 return
         yield "data: [DONE]\n\n"

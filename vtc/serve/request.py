@@ -141,7 +141,7 @@ class Asked(_Strict):
         return [part.image_url.url for part in parts if isinstance(part, Picture)]
 
     def spend(self, default: Spend) -> Spend:
-        """Method and budget. Raises ValueError for a method that vtc has not."""
+        """Method and budget. Raises ValueError for a method that vtc has not, and for a budget of no method."""
         if self.vtc is None or (self.vtc.method is None and self.vtc.budget is None):
             return default
         method, budget = self.vtc.method, self.vtc.budget
@@ -149,6 +149,8 @@ class Asked(_Strict):
             return NOTHING
         if method is not None and method not in names():  # names alone: other forms would import and read files
             raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(names())}")
+        if method is None and default is NOTHING:  # the very one: a server may have the same method at all tokens
+            raise ValueError("vtc.budget: this server reads all visual tokens of a request that names no method: name one")
         return default[0] if method is None else method, budget
 
 
