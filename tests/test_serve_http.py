@@ -71,6 +71,21 @@ def test_several_images_are_read_as_generate_reads_them(together):
     assert told == [together, True, True]
 
 
+def test_null_means_the_default(served):
+    nothing = dict.fromkeys(("stream", "n", "temperature", "top_p", "stop", "stream_options", "user", "vtc"))
+    assert content(post(served, request(QUESTIONS[0], picture(0), **nothing))[0]) == spoken(
+        QUESTIONS[0], QUARTER, picture(0)
+    )
+
+
+def test_a_stream_tells_its_usage_unless_it_is_not_to(served):
+    options = (None, {}, {"include_usage": None}, {"include_usage": True}, {"include_usage": False})
+    replies = post(served, *(request(QUESTIONS[0], stream=True, stream_options=one) for one in options))
+    assert len({*map(content, replies)}) == 1
+    assert ["completion_tokens" in reply.text for reply in replies] == [*[True] * 4, False]
+    assert all('"finish_reason":"length"' in reply.text for reply in replies)
+
+
 def test_grey_of_16_bits_is_answered_as_of_8(served):
     """Pillow alone would make it white."""
     grey, white = picture(0).convert("L"), Image.new("RGB", (48, 48), "white")

@@ -52,6 +52,7 @@ class Chat(ChatCompletionHandler):
             if asked.model != self.model_manager.force_model:
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
             ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stop or ())
+            ticket.counted = asked.counted
             config = self._config(asked)
             text, ids = await self.reading.text(asked)
             self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
@@ -158,7 +159,8 @@ class Chat(ChatCompletionHandler):
         if usage is None:
             return reply
         self.metrics.answered(ticket, usage.completion_tokens)
-        return {**reply, "usage": ticket.usage(usage), **({"finish_reason": "stop"} if stops.over else {})}
+        told = ticket.usage(usage) if ticket.counted else None
+        return {**reply, "usage": told, **({"finish_reason": "stop"} if stops.over else {})}
 
 
 FAILED = 'data: {"error": "'

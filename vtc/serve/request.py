@@ -22,9 +22,9 @@ def names() -> tuple[str, ...]:
 
 
 class _Strict(BaseModel):
-    """What is not known is refused: it would change the answer."""
+    """What is not known is refused: it would change the answer. So is what has another type: "no" is not false."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +84,7 @@ def _bounded(given: Any) -> Any:
     return given
 
 
-Tokens = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class Compress(_Strict):
@@ -92,13 +92,14 @@ class Compress(_Strict):
 
     method: str | None = None
     """A name out of `vtc methods`, or "none" for all visual tokens."""
-    budget: Tokens | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    budget: Tokens | Annotated[float, Field(gt=0, le=1)] | None = None
     """Visual tokens per image averaged over the decoder layers, or a fraction."""
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = True
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    """None: a stream ends with its usage, too."""
+    include_obfuscation: bool | None = None
 
 
 def _listed(given: Any) -> Any:
@@ -114,14 +115,14 @@ class Asked(_Strict):
     model: str
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_bounded)]
     vtc: Compress | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """None and below 0.001: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_listed)] | None = None
-    n: Literal[1] = 1
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     user: str | None = None
 
     @property
@@ -133,6 +134,11 @@ class Asked(_Strict):
     def packed(self) -> bool:
         """Whether the answer is greedy and ends where the model ends it: only those share batches."""
         return not self.sampled and self.top_p in (None, 1.0) and not self.stop
+
+    @property
+    def counted(self) -> bool:
+        """Whether the reply ends with its usage."""
+        return not self.stream or self.stream_options is None or self.stream_options.include_usage is not False
 
     @property
     def urls(self) -> list[str]:

@@ -26,10 +26,12 @@ class Ticket(str):
     first: float | None
     """When the first token was there."""
     stops: Stops
+    counted: bool
+    """Whether its reply tells its usage."""
 
     def __new__(cls) -> Ticket:
         ticket = super().__new__(cls, f"chatcmpl-{uuid.uuid4().hex}")
-        ticket.start, ticket.first, ticket.stops = time.perf_counter(), None, Stops()
+        ticket.start, ticket.first, ticket.stops, ticket.counted = time.perf_counter(), None, Stops(), True
         return ticket
 
     start: float
