@@ -119,9 +119,13 @@ def slow(monkeypatch, *parts: bytes):
 def test_all_images_of_a_request_have_one_time(monkeypatch):
     """Each takes 0.4 of 0.7 seconds."""
     body = base64.b64decode(data_url(picture(0)).partition(",")[2])
-    with slow(monkeypatch, b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body), body) as url:
-        with ThreadPoolExecutor(1) as thread, pytest.raises(ValueError, match=r"was not here after 0.7 s"):
-            thread.submit(images, [url] * 2, Limits(urls=True, seconds=0.7)).result()
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with (
+        slow(monkeypatch, head, body) as url,
+        ThreadPoolExecutor(1) as thread,
+        pytest.raises(ValueError, match=r"was not here after 0.7 s"),
+    ):
+        thread.submit(images, [url] * 2, Limits(urls=True, seconds=0.7)).result()
 
 
 def test_nobody_waits_for_addresses_of_others(monkeypatch):

@@ -19,6 +19,8 @@ from serve_fixtures import (
     QUARTER,
     QUESTIONS,
     SIZES,
+    alone,
+    chat,
     content,
     get,
     in_a_loop,
@@ -28,6 +30,7 @@ from serve_fixtures import (
     serving,
     soon,
     spoken,
+    tiny,
 )
 from transformers.cli.serving.utils import CBStreamer
 
@@ -69,6 +72,23 @@ def test_several_images_are_read_as_generate_reads_them(together):
             assert content(reply) == spoken(QUESTIONS[1], QUARTER, *images, served=served)
             told.append(reply.json()["usage"]["vtc"]["packed"])
     assert told == [together, True, True]
+
+
+def test_who_ends_with_the_last_word_has_ended(monkeypatch):
+    """Packed and alone, whole and streamed; a token earlier it is the length that ends the answer."""
+    model, processor = tiny()
+    text = processor.apply_chat_template(chat(QUESTIONS[0]), add_generation_prompt=True)
+    said = alone(text, [picture(0)], QUARTER)
+    last = next(place for place in range(2, NEW) if said[place] not in said[:place])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", said[last])
+    kinds = [{}, {"stream": True}, {"top_p": 0.5}, {"top_p": 0.5, "stream": True}]
+    with serving() as server:
+        for most, reason in (last + 1, "stop"), (last, "length"):
+            replies = post(
+                server, *(request(QUESTIONS[0], picture(0), **kind) | {"max_tokens": most} for kind in kinds)
+            )
+            found = [re.findall(r'"finish_reason":"(\w+)"', reply.text) for reply in replies]
+            assert found == [[reason]] * 4
 
 
 def test_null_means_the_default(served):

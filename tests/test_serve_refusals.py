@@ -28,6 +28,7 @@ from serve_fixtures import (
 )
 
 from vtc.serve.encode import Pruned
+from vtc.serve.replicas import application, budget_of
 from vtc.serve.request import Asked, read
 
 
@@ -100,7 +101,7 @@ BAD = {
     "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),
     "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
     "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
-    "too many messages": (400, {"model": "tiny", "messages": [{"role": "user", "content": ""}] * 1001}, "1001 messages"),
+    "too many messages": (400, request("") | {"messages": [{"role": "user", "content": ""}] * 1001}, "1001 messages"),
     "too many parts": (400, many_parts(), "1002 messages and parts of them; this server takes 1000"),
     "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),
 }
@@ -148,6 +149,20 @@ def test_a_budget_of_no_method_is_refused():
         assert refused.status_code == 400
         assert "vtc.budget: this server reads all visual tokens" in refused.json()["error"]["message"]
     assert read(asked).spend(("uniform", 1.0)) == ("uniform", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"), [("0.25", 0.25), (0.25, 0.25), ("64", 64), (64, 64), (1, 1), ("1.0", 1.0)]
+)
+def test_a_config_of_ray_names_a_budget_with_and_without_quotation_marks(given, budget):
+    assert (budget_of(given), type(budget_of(given))) == (budget, type(budget))
+
+
+@pytest.mark.parametrize("given", ["much", "2.5", None, True, 1.5, "nan", -3, "", [0.25]])
+def test_a_config_of_ray_without_a_budget_is_refused(given):
+    """Before Ray is there."""
+    with pytest.raises(ValueError, match=r"budget: .*; name a fraction like 0.25, or a number of tokens like 64"):
+        application({"budget": given})
 
 
 def test_the_server_lives_after_bad_input(served):

@@ -41,6 +41,7 @@ class Solo:
                 if self.ticket.first is None:
                     self.ticket.first = time.perf_counter()
                     self.ticket.before, self.ticket.after = sum(trace.sizes), float(trace.average_tokens.sum())
+                self.ticket.ended = int(ids[0, -1]) in self.ticket.ends
                 ends = self.gone.is_set()
                 if stops.strings:
                     ends |= stops.met(self.decode(ids[0, prompt:], skip_special_tokens=True))

@@ -54,6 +54,7 @@ class Chat(ChatCompletionHandler):
             ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stop or ())
             ticket.counted = asked.counted
             config = self._config(asked)
+            ticket.ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             text, ids = await self.reading.text(asked)
             self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
             pictures = await self.reading.pictures(asked)
@@ -71,8 +72,8 @@ class Chat(ChatCompletionHandler):
 
     def public(self, said: str) -> str:
         """What an error says, without where the model lies on this machine."""
-        home = getattr(self.reading.model.config, "_name_or_path", "")
-        return said.replace(str(Path(home)), self.model_manager.force_model) if home and Path(home).is_dir() else said
+        home, name = getattr(self.reading.model.config, "_name_or_path", ""), str(self.model_manager.force_model)
+        return said.replace(str(Path(home)), name) if home and Path(home).is_dir() else said
 
     def _config(self, asked: Asked) -> GenerationConfig:
         """Greedy, unless a temperature is asked for."""
@@ -160,7 +161,7 @@ class Chat(ChatCompletionHandler):
             return reply
         self.metrics.answered(ticket, usage.completion_tokens)
         told = ticket.usage(usage) if ticket.counted else None
-        return {**reply, "usage": told, **({"finish_reason": "stop"} if stops.over else {})}
+        return {**reply, "usage": told, **({"finish_reason": "stop"} if stops.over or ticket.ended else {})}
 
 
 FAILED = 'data: {"error": "'

@@ -52,8 +52,10 @@ class Engine(ContinuousBatchingManager):
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         def delivered(output: GenerationOutput) -> None:
-            if isinstance(request_id, Ticket) and request_id.first is None and output.timestamps:
-                request_id.first = output.timestamps[0]
+            if isinstance(request_id, Ticket):
+                if request_id.first is None and output.timestamps:
+                    request_id.first = output.timestamps[0]
+                request_id.ended = any(token in request_id.ends for token in output.generated_tokens[-1:])
             if output.is_finished():  # it is in no batch any more, and its client may ask again once it is called
                 self._release(request_id)
             callback(output)
