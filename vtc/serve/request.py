@@ -156,9 +156,7 @@ class Asked(_Strict):
         if method is not None and method not in names():  # names alone: other forms would import and read files
             raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(names())}")
         if method is None and default is NOTHING:  # the very one: a server may have the same method at all tokens
-            raise ValueError(
-                "vtc.budget: this server reads all visual tokens unless a request names a method: name one"
-            )
+            raise ValueError("vtc.budget: this server reads all visual tokens; name a method for this budget, too")
         return default[0] if method is None else method, budget
 
 
