@@ -21,6 +21,8 @@ SHOWN = 1024
 """The longer side of the picture that is sent to the browser."""
 LONGEST = 1800
 """Frames of a video, before some are chosen."""
+DECODED = 2_000_000_000
+"""Pixels of all frames of a video, which are decoded before some are chosen: a minute or so on one core."""
 FILMS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 ANIMATED = ("GIF", "PNG", "WEBP")
 
@@ -39,6 +41,7 @@ def opened(uploads: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:
 
     Raises ValueError, which names the file as the visitor knows it and not where it lies.
     """
+    _check_count(len(uploads))
     pictures: list[Picture] = []
     for upload in uploads:
         path = Path(upload["path"])
@@ -47,27 +50,44 @@ def opened(uploads: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:
             frames = _frames(path)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), name)) from None
+        _check_count(len(pictures) + len(frames))
         for number, frame in enumerate(frames, 1):
-            frame.thumbnail((SIDE, SIDE))
             pictures.append(Picture(frame, f"{name}, frame {number}" if len(frames) > 1 else name))
-    if len(pictures) > PICTURES:
-        raise ValueError(f"These are {len(pictures)} images and frames; the limit is {PICTURES} in one prompt.")
     return tuple(pictures)
 
 
+def _check_count(pictures: int) -> None:
+    """Before more files are opened."""
+    if pictures > PICTURES:
+        raise ValueError(f"These are {pictures} images and frames at least; the limit is {PICTURES} in one prompt.")
+
+
 def _frames(path: Path) -> list[Image.Image]:
-    """A still image alone, or the frames of a short video."""
+    """A still image alone, or the frames of a short video, made small one by one."""
     if path.is_file() and path.stat().st_size <= MAX_BYTES:  # what is larger is refused as any image is
         if path.suffix.lower() in FILMS:
-            return sampled(_film(path))
+            return sampled(_small(_film(path), path))
         try:
             with Image.open(path) as image:
                 small = image.width * image.height <= MAX_PIXELS
                 if small and image.format in ANIMATED and getattr(image, "is_animated", False):
-                    return sampled(frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+                    return sampled(_small(ImageSequence.Iterator(image), path))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
             pass  # `open_image` says why
-    return [open_image(path)]
+    return [*_small([open_image(path)], path)]
+
+
+def _small(frames: Iterable[Image.Image], path: Path) -> Iterator[Image.Image]:
+    """RGB copies of at most `SIDE`. Raises ValueError once a video has more than `DECODED` pixels."""
+    pixels = 0
+    for frame in frames:
+        pixels += frame.width * frame.height
+        if pixels > DECODED:
+            most = f"{DECODED / 1e6:,.0f} megapixels"
+            raise ValueError(f"The frames of {path} have more than {most} together: cut it shorter or scale it down.")
+        small = frame.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+        yield small
 
 
 def sampled(frames: Iterable[Image.Image], most: int = PICTURES) -> list[Image.Image]:

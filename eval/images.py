@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vtc.grey import in_8_bits
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,27 +42,13 @@ def open_image(path: Path) -> Image.Image:
                 raise ValueError(
                     f"{path} has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels"
                 )
-            return _in_8_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+            return in_8_bits(ImageOps.exif_transpose(image), str(path)).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} megapixels") from None
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
         raise ValueError(f"{path} is a damaged image: {error}") from None
-
-
-def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Grey of 16 bits scaled to 8, where Pillow would clip it to white. Any other image as it is.
-
-    Raises ValueError for grey of 32 bits or of floating point: nobody knows which value is white.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image
-    grey = image if image.mode == "F" else image.convert("I")
-    low, high = grey.getextrema()
-    if grey.mode == "F" or low < 0 or high > 65535:
-        raise ValueError(f"{path} has grey values from {low:g} to {high:g}; save it with 8 or 16 bits a pixel")
-    return grey.point(lambda value: value / 257 + 0.5).convert("L")
 
 
 def check_picture_path(path: Path) -> None:

@@ -57,9 +57,7 @@ class LlavaNext(Adapter):
             return self.frames(call, side)
         # the newlines' places in the packed image tell its width
         marks = self._mosaic(torch.zeros(sum(self.tiles(call)), side**2, 1), call, newline=1.0)
-        tails = [mark[side**2 :, 0] for mark in marks]
-        widths = [int(tail.argmax()) + 1 for tail in tails]
-        return [[(side, side), (len(tail) // width, width)] for tail, width in zip(tails, widths, strict=True)]
+        return [[(side, side), *_mosaic_grid(mark[side**2 :, 0])] for mark in marks]
 
     def frames(self, call: dict[str, Any], side: int) -> list[list[Grid]]:
         videos, frames = call["pixel_values_videos"].shape[:2]
@@ -74,3 +72,11 @@ class LlavaNext(Adapter):
             if pixels.ndim == 5:
                 pixels = torch.cat([image[:tiles] for image, tiles in zip(pixels, self.tiles(call), strict=True)])
         return super().pixels({"pixel_values": pixels})
+
+
+def _mosaic_grid(newlines: Tensor) -> list[Grid]:
+    """Of a mosaic with 1 at its newlines; none where a strip is so narrow that unpadding leaves no row of it."""
+    if not len(newlines):
+        return []
+    width = int(newlines.argmax()) + 1
+    return [(len(newlines) // width, width)]

@@ -9,6 +9,7 @@ import models
 import transformers as hf
 from eval_fixtures import ANSWERS, TEMPLATE, WORDS
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vtc.eval.reader import Reader
@@ -49,6 +50,20 @@ def llava_next_processor() -> hf.LlavaNextProcessor:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
+
+
+def llava_onevision_processor() -> hf.LlavaOnevisionProcessor:
+    """Tiles as above, of an image that is alone in its prompt; without its video processor, which needs torchvision."""
+    processor = object.__new__(hf.LlavaOnevisionProcessor)
+    processor.image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 48, "width": 48}, image_grid_pinpoints=models.PINPOINTS
+    )
+    processor.tokenizer, processor.video_processor, processor.chat_template = tokenizer(), None, TEMPLATE
+    processor.image_token, processor.video_token = "<image>", "<video>"
+    processor.image_token_id, processor.video_token_id = models.IMAGE, models.VIDEO
+    processor.num_image_tokens, processor.vision_feature_select_strategy = 36, "full"
+    processor.vision_aspect_ratio = "anyres_max_2"
+    return processor
 
 
 def save_llava_next(folder: Path) -> None:

@@ -77,7 +77,8 @@ def chat(question: str, images: int = 1) -> list[dict]:
 def alone(text: str, images: Sequence[Image.Image], spend, new: int = NEW, served=None) -> list[int]:
     """What generate() of the wrapped model (`served`, with its processor) answers to a whole prompt."""
     model, processor = served or tiny()
-    inputs = processor(images=list(images) or None, text=text, add_special_tokens=False, return_tensors="pt")
+    given = [list(images)] if len(images) > 1 else list(images) or None
+    inputs = processor(images=given, text=text, add_special_tokens=False, return_tensors="pt")
     with vtc.compressed(model, *spend), torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=new, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
@@ -112,8 +113,8 @@ def get(server: Server, path: str) -> httpx.Response:
 
 
 @contextmanager
-def serving(limits: Limits | None = None, sizes: Sizes = SIZES, **more):
-    server = Server(*tiny(), NAME, limits=limits, sizes=sizes, **more)
+def serving(limits: Limits | None = None, sizes: Sizes = SIZES, served=None, **more):
+    server = Server(*(served or tiny()), NAME, limits=limits, sizes=sizes, **more)
     server.start()
     try:
         yield server
@@ -181,11 +182,11 @@ def soon(what, seconds: float = 10) -> bool:
     return False
 
 
-def spoken(question: str, spend, *seen: Image.Image) -> str:
+def spoken(question: str, spend, *seen: Image.Image, served=None) -> str:
     """The answer of generate(), as text."""
-    processor = tiny()[1]
+    processor = (served or tiny())[1]
     text = processor.apply_chat_template(chat(question, len(seen)), add_generation_prompt=True)
-    return processor.decode(alone(text, seen, spend), skip_special_tokens=True)
+    return processor.decode(alone(text, seen, spend, served=served), skip_special_tokens=True)
 
 
 def content(reply: httpx.Response) -> str:

@@ -211,6 +211,38 @@ def test_a_video_file_without_its_reader(tmp_path, monkeypatch):
         opened([{"path": str(tmp_path / "film.mp4"), "orig_name": "mine.mp4"}])
 
 
+def film(path: Path, *reds: int) -> dict[str, str]:
+    """An upload of as many frames."""
+    first, *more = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in reds]
+    first.save(path, save_all=True, append_images=more)
+    return {"path": str(path), "orig_name": "mine.png"}
+
+
+def test_what_is_too_much_is_refused_before_the_next_file_is_opened(tmp_path):
+    missing = {"path": str(tmp_path / "none.png")}
+    with pytest.raises(ValueError, match="These are 9 images and frames at least; the limit is 8"):
+        opened([missing] * 9)
+    with pytest.raises(ValueError, match="These are 10 images and frames at least; the limit is 8"):
+        opened([film(tmp_path / "film.png", *range(5))] * 2 + [missing])
+
+
+def test_frames_are_small_before_others_are_read(tmp_path, monkeypatch):
+    """Eight of 50 megapixels would be more than a gigabyte."""
+    seen = []
+    monkeypatch.setattr(media, "SIDE", 4)
+    monkeypatch.setattr(media, "sampled", lambda frames: [seen.append(frame.size) or frame for frame in frames])
+    assert len(opened([film(tmp_path / "film.png", 0, 9, 18)])) == 3
+    assert seen == [(4, 4)] * 3
+
+
+def test_the_frames_of_a_video_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "DECODED", 3 * 8 * 8)
+    upload = film(tmp_path / "film.png", 0, 9, 18)
+    assert len(opened([upload])) == 3
+    with pytest.raises(ValueError, match=r"^The frames of mine.png have more than .* megapixels together: cut it"):
+        opened([film(tmp_path / "film.png", 0, 9, 18, 27)])
+
+
 def test_too_many_pictures(picture):
     assert len(opened([{"path": str(picture)}] * media.PICTURES)) == media.PICTURES
     with pytest.raises(ValueError, match="the limit is 8"):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import FAMILIES, batch, prompt, rows, visual
+from own_models import llava_next_processor
+from PIL import Image
 from table import METHODS
 from table import parametrize as pytest_generate_tests  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -226,6 +228,20 @@ def test_grids_of_each_family():
     assert parts("internvl", (2,)) == [[(6, 6)], [(6, 6)] * 3]
     assert parts("smolvlm", (1,)) == [[(6, 6)], [(6, 6)]]
     assert parts("gemma3", (1,)) == parts("paligemma", (1,)) == [[(6, 6)]]
+
+
+def test_of_a_strip_the_overview_may_be_all():
+    """Unpadding leaves no row of it in the mosaic; beside an image of which it does."""
+    model = FAMILIES["llava_next"].model
+    images = [Image.new("RGB", size, "red") for size in ((1440, 24), (96, 48))]
+    inputs = llava_next_processor()(images=images, text="<image> <image> what", return_tensors="pt")
+    vtc.wrap(model, "vtc-cls", 0.25)
+    with torch.no_grad():
+        model(**inputs)
+    trace = model.vtc.trace
+    vtc.unwrap(model)
+    assert trace.parts == [[(6, 6)], [(6, 6), (6, 13)]]
+    assert [sum(int(grid.sum()) for grid in maps) for maps in trace.maps()] == [9, 28]
 
 
 def test_an_even_grid_is_shared_out_over_tiles_and_frames():

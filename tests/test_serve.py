@@ -185,6 +185,23 @@ def test_images_that_arrive_together_go_through_the_tower_together():
     tower.stop()
 
 
+def test_images_that_nobody_waits_for_do_not_go_through_the_tower(monkeypatch):
+    """Not even beside others; one of which one of two clients has left does, and who comes later is answered."""
+    model, processor = tiny()
+    tower, seen = Tower(model, processor, Memory(model, 512), together=16), []
+    monkeypatch.setattr("vtc.serve.tower.prune", lambda *args: seen.extend(args[3]) or prune(*args))
+    sent = [picture(0), picture(1), picture(1), picture(2)]
+    futures = [tower.submit(image, tower.memory.digest(image), QUARTER) for image in sent]
+    assert all(future.cancel() for future in (futures[0], futures[1], futures[3]))
+    tower.start()
+    assert futures[2].result(timeout=20).users == 1
+    assert seen == [sent[1]]
+    assert tower.submit(sent[0], tower.memory.digest(sent[0]), QUARTER).result(timeout=20).users == 1
+    assert seen == [sent[1], sent[0]]
+    assert not tower._waiting
+    tower.stop()
+
+
 def test_who_comes_while_an_image_fails_is_told(monkeypatch):
     """Between the moment in which it finds that others wait for the image, and the one in which it waits with them."""
     model, processor = tiny()

@@ -1,15 +1,26 @@
 """The server: replies as OpenAI's, bounds that hold, clients that go away, a worker that dies."""
 
 import asyncio
+import gc
 import json
 import re
+import threading
+import weakref
+from dataclasses import replace
 
 import httpx
+import models
+import numpy
 import pytest
+from own_models import llava_next_processor, llava_onevision_processor
+from PIL import Image
 from serve_fixtures import (
     NEW,
     QUARTER,
     QUESTIONS,
+    SIZES,
+    alone,
+    chat,
     content,
     get,
     in_a_loop,
@@ -19,6 +30,7 @@ from serve_fixtures import (
     serving,
     soon,
     spoken,
+    tiny,
 )
 from transformers.cli.serving.utils import CBStreamer
 
@@ -44,6 +56,62 @@ def test_replies_are_those_of_generate(served):
     ]
     replies = post(served, *(request(question, *seen, **more) for question, _, seen, more in asked))
     assert [*map(content, replies)] == [spoken(question, spend, *seen) for question, spend, seen, _ in asked]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["onevision", "next"])
+def test_several_images_are_read_as_generate_reads_them(together):
+    """OneVision cuts an image into tiles where it is the only one of its prompt."""
+    model = models.llava_next(windows=False) if together else models.llava_onevision()
+    model.generation_config.suppress_tokens = None
+    served = model, llava_next_processor() if together else llava_onevision_processor()
+    seen, strip = [picture(0).resize((96, 48)), picture(1).resize((48, 100))], picture(2).resize((720, 12))
+    told = []
+    with serving(sizes=replace(SIZES, cache=4096, remembered=2048), served=served) as server:
+        for images in (seen, seen[:1], [strip]):
+            (reply,) = post(server, request(QUESTIONS[1], *images))
+            assert content(reply) == spoken(QUESTIONS[1], QUARTER, *images, served=served)
+            told.append(reply.json()["usage"]["vtc"]["packed"])
+    assert told == [together, True, True]
+
+
+def test_who_ends_with_the_last_word_has_ended(monkeypatch):
+    """Packed and alone, whole and streamed; a token earlier it is the length that ends the answer."""
+    model, processor = tiny()
+    text = processor.apply_chat_template(chat(QUESTIONS[0]), add_generation_prompt=True)
+    said = alone(text, [picture(0)], QUARTER)
+    last = next(place for place in range(2, NEW) if said[place] not in said[:place])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", said[last])
+    kinds = [{}, {"stream": True}, {"top_p": 0.5}, {"top_p": 0.5, "stream": True}]
+    with serving() as server:
+        for most, reason in (last + 1, "stop"), (last, "length"):
+            replies = post(
+                server, *(request(QUESTIONS[0], picture(0), **kind) | {"max_tokens": most} for kind in kinds)
+            )
+            found = [re.findall(r'"finish_reason":"(\w+)"', reply.text) for reply in replies]
+            assert found == [[reason]] * 4
+
+
+def test_null_means_the_default(served):
+    nothing = dict.fromkeys(("stream", "n", "temperature", "top_p", "stop", "stream_options", "user", "vtc"))
+    assert content(post(served, request(QUESTIONS[0], picture(0), **nothing))[0]) == spoken(
+        QUESTIONS[0], QUARTER, picture(0)
+    )
+
+
+def test_a_stream_tells_its_usage_unless_it_is_not_to(served):
+    options = (None, {}, {"include_usage": None}, {"include_usage": True}, {"include_usage": False})
+    replies = post(served, *(request(QUESTIONS[0], stream=True, stream_options=one) for one in options))
+    assert len({*map(content, replies)}) == 1
+    assert ["completion_tokens" in reply.text for reply in replies] == [*[True] * 4, False]
+    assert all('"finish_reason":"length"' in reply.text for reply in replies)
+
+
+def test_grey_of_16_bits_is_answered_as_of_8(served):
+    """Pillow alone would make it white."""
+    grey, white = picture(0).convert("L"), Image.new("RGB", (48, 48), "white")
+    deep = Image.fromarray(numpy.asarray(grey, dtype=numpy.uint16) * 257)
+    answer = spoken(QUESTIONS[0], QUARTER, grey.convert("RGB"))
+    assert content(post(served, request(QUESTIONS[0], deep))[0]) == answer != spoken(QUESTIONS[0], QUARTER, white)
 
 
 def test_a_reply_tells_what_it_cost(served):
@@ -167,6 +235,37 @@ def test_who_leaves_before_the_first_part_is_answered_no_further(more, monkeypat
         assert in_a_loop(run())
         assert bool(cancelled) is not bool(solos)
         assert all(solo.gone.is_set() for solo in solos)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_who_leaves_before_its_turn_leaves_no_pixels(served, stream, monkeypatch):
+    """Nobody counts those who have left, and a turn may be long in coming."""
+    reading, turn, kept = served.chat.reading, threading.Event(), []
+    make = reading.inputs
+
+    async def made(*given):
+        inputs = await make(*given)
+        kept.append(weakref.ref(inputs["pixel_values"]))
+        return inputs
+
+    async def run() -> None:
+        asked = request(QUESTIONS[0], picture(0), stream=stream, temperature=1)
+        task = asyncio.create_task(served.chat.handle_request(asked, "x"))
+        while not kept:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        left = kept[0]()
+        turn.set()
+        await asyncio.wrap_future(served.chat.alone.submit(lambda: None))
+        assert left is None
+
+    monkeypatch.setattr(reading, "inputs", made)
+    served.chat.alone.submit(turn.wait, 60)
+    in_a_loop(run())
 
 
 def test_a_stream_that_fails_says_why(served, monkeypatch):

@@ -5,16 +5,20 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from PIL import Image, ImageFile
+from pydantic import ValidationError
 from serve_fixtures import (
     QUARTER,
     QUESTIONS,
     SIZES,
     content,
     data_url,
+    in_a_loop,
     picture,
     post,
     request,
@@ -24,6 +28,8 @@ from serve_fixtures import (
 )
 
 from vtc.serve.encode import Pruned
+from vtc.serve.replicas import application, budget_of
+from vtc.serve.request import Asked, read
 
 
 def png(width: int, height: int) -> str:
@@ -45,6 +51,12 @@ def damaged_exif(place: int, byte: int) -> str:
 def shows(*urls: str) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+
+
+def many_parts() -> dict:
+    """Of two messages, each of which alone would do."""
+    half = {"role": "user", "content": [{"type": "text", "text": ""}] * 501}
+    return {"model": "tiny", "messages": [half, half]}
 
 
 BAD = {
@@ -73,6 +85,11 @@ BAD = {
     "another model": (404, request("a", model="other"), "'tiny'"),
     "unknown field": (400, request("a", logprobs=True), "logprobs"),
     "several answers": (400, request("a", n=2), "n: "),
+    "several answers by truth": (400, request("a", n=True), "n"),
+    "a text for a number": (400, request("a") | {"max_tokens": "5"}, "max_tokens: .*integer"),
+    "a truth for a number": (400, request("a") | {"max_tokens": True}, "max_tokens: .*integer"),
+    "a truth for a temperature": (400, request("a", temperature=True), "temperature: .*number"),
+    "a text for a truth": (400, request("a", stream="no"), "stream: .*boolean"),
     "unknown method": (400, request("a", vtc={"method": "nope"}), "unknown method 'nope'.*vtc-cls"),
     "a path for a method": (400, request("a", vtc={"method": "/etc/passwd"}), "unknown method"),
     "no budget": (400, request("a", picture(0), vtc={"method": "vtc-cls"}), "budget"),
@@ -84,6 +101,8 @@ BAD = {
     "too many stop strings": (400, request("a", stop=["a"] * 5), "stop.*at most 4"),
     "too long an answer": (400, request("a", max_tokens=21), "20 at most"),
     "too long a prompt": (400, request("a " * 1100), "this server holds 1024"),
+    "too many messages": (400, request("") | {"messages": [{"role": "user", "content": ""}] * 1001}, "1001 messages"),
+    "too many parts": (400, many_parts(), "1002 messages and parts of them; this server takes 1000"),
     "a placeholder in text": (400, request("what is <image>", picture(0)), "<image> stands for an image"),
 }
 
@@ -95,6 +114,55 @@ def test_bad_input_is_refused_with_a_reason(served, case, monkeypatch):
     (reply,) = post(served, body)
     assert reply.status_code == status, reply.text
     assert re.search(why, reply.json()["error"]["message"], re.DOTALL)
+
+
+def test_where_the_model_lies_stays_private(served, monkeypatch):
+    """Also in a stream, and where the server itself fails."""
+    home = str(Path(served.chat.reading.model.config._name_or_path))
+
+    def broken(*model, **inputs):
+        raise RuntimeError(f"no weights in {home}")
+
+    untrained = post(served, request("a", picture(0), vtc={"method": "atp", "budget": 0.4}))[0]
+    monkeypatch.setattr(type(served.chat.reading.model), "generate", broken)
+    whole, streamed = post(served, *[request("a", temperature=1, stream=stream) for stream in (False, True)])
+    assert (untrained.status_code, "tiny/atp has modules for none" in untrained.text) == (400, True)
+    assert (whole.status_code, whole.json()["error"]["message"]) == (
+        500, "the server failed at this request; its log says why"
+    )  # fmt: skip
+    assert "no weights in tiny" in streamed.text
+    assert not any(home in reply.text for reply in (untrained, whole, streamed))
+
+
+def test_a_budget_out_of_reach_is_refused_before_a_stream_begins(served):
+    alone = request("a", picture(0), vtc={"method": "fastv", "budget": 0.01}, temperature=1)
+    replies = post(served, alone, alone | {"stream": True})
+    assert [reply.status_code for reply in replies] == [400, 400]
+    assert replies[0].json() == replies[1].json()
+
+
+def test_a_budget_of_no_method_is_refused():
+    """Where a server reads all visual tokens, and not where its method happens to."""
+    asked = request("a", picture(0), vtc={"budget": 0.5})
+    with serving(method=None) as server:
+        (refused,) = post(server, asked)
+        assert refused.status_code == 400
+        assert "vtc.budget: this server reads all visual tokens" in refused.json()["error"]["message"]
+    assert read(asked).spend(("uniform", 1.0)) == ("uniform", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"), [("0.25", 0.25), (0.25, 0.25), ("64", 64), (64, 64), (1, 1), ("1.0", 1.0)]
+)
+def test_a_config_of_ray_names_a_budget_with_and_without_quotation_marks(given, budget):
+    assert (budget_of(given), type(budget_of(given))) == (budget, type(budget))
+
+
+@pytest.mark.parametrize("given", ["much", "2.5", None, True, 1.5, "nan", -3, "", [0.25]])
+def test_a_config_of_ray_without_a_budget_is_refused(given):
+    """Before Ray is there."""
+    with pytest.raises(ValueError, match=r"budget: .*; name a fraction like 0.25, or a number of tokens like 64"):
+        application({"budget": given})
 
 
 def test_the_server_lives_after_bad_input(served):
@@ -114,6 +182,18 @@ def test_images_that_have_no_room_now_are_told_to_come_again():
         assert content(post(server, request(QUESTIONS[0], picture(0)))[0]) == spoken(QUESTIONS[0], QUARTER, picture(0))
 
 
+def test_who_has_an_answer_has_given_its_images_back():
+    """Room for one image, and a client that asks again at once."""
+    with serving(sizes=replace(SIZES, remembered=40), method=None) as server:
+
+        async def asked() -> list[int]:
+            bodies = [request(QUESTIONS[0], picture(n), stream=n % 2 > 0) | {"max_tokens": 2} for n in range(6)]
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=server.app), base_url="http://x") as client:
+                return [(await client.post("/v1/chat/completions", json=body)).status_code for body in bodies]
+
+        assert in_a_loop(asked()) == [200] * 6
+
+
 def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
     """A text of more characters than any prompt before the tokenizer, one of more tokens before the tower."""
     worked = []
@@ -127,6 +207,19 @@ def test_what_is_too_long_is_refused_before_the_work(served, monkeypatch):
     (reply,) = post(served, request("color " * 1020, picture(0)))
     assert (reply.status_code, worked) == (400, [])
     assert "this server holds 1024" in reply.json()["error"]["message"]
+
+
+def test_too_many_images_are_refused_before_the_template(served, monkeypatch):
+    monkeypatch.setattr(type(served.chat.reading.processor), "apply_chat_template", None)
+    (reply,) = post(served, shows(*[png(1, 1)] * 3))
+    assert (reply.status_code, "3 images" in reply.json()["error"]["message"]) == (400, True)
+
+
+def test_of_many_unknown_fields_one_is_told():
+    """Others wait while a request is checked."""
+    with pytest.raises(ValidationError) as caught:
+        Asked.model_validate(request("a", **{f"x{n}": n for n in range(1000)}))
+    assert [error["loc"] for error in caught.value.errors()] == [("x0",)]
 
 
 def test_a_request_fills_the_blocks_of_the_cache_and_no_more():

@@ -17,14 +17,21 @@ from vtc.wrapping import compressed
 class Solo:
     """A model for one request: compressed while it generates, silent after a stop string or once its client is gone."""
 
-    def __init__(self, model: Any, ticket: Ticket, decode: Callable[..., str]):
-        self.model, self.ticket, self.decode = model, ticket, decode
+    def __init__(self, model: Any, ticket: Ticket, decode: Callable[..., str], inputs: dict[str, Any]):
+        self.model, self.ticket, self.decode, self.inputs = model, ticket, decode, inputs
         self.gone = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def generate(self, **inputs: Any) -> Tensor:
+    def leave(self) -> None:
+        """The client is gone: what it has sent is not kept until its turn comes."""
+        self.gone.set()
+        self.inputs = {}
+
+    def generate(self, **options: Any) -> Tensor:
+        """`options` are those of the call, with the ids."""
+        inputs = self.inputs | options
         if self.gone.is_set():
             raise RuntimeError("the client is gone")
         prompt, stops = inputs["input_ids"].shape[1], self.ticket.stops
@@ -34,6 +41,7 @@ class Solo:
                 if self.ticket.first is None:
                     self.ticket.first = time.perf_counter()
                     self.ticket.before, self.ticket.after = sum(trace.sizes), float(trace.average_tokens.sum())
+                self.ticket.ended = int(ids[0, -1]) in self.ticket.ends
                 ends = self.gone.is_set()
                 if stops.strings:
                     ends |= stops.met(self.decode(ids[0, prompt:], skip_special_tokens=True))

@@ -137,6 +137,6 @@ def _application(chat: Chat) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(problem(500, f"{type(error).__name__}: {error}"), 500)
+        return JSONResponse(problem(500, "the server failed at this request; its log says why"), 500)
 
     return app

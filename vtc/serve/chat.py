@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -15,6 +16,8 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager
 
+from vtc.core.compression import Compression
+from vtc.methods.compose import with_budget
 from vtc.serve.alone import Solo
 from vtc.serve.encode import Alone, Spend
 from vtc.serve.engine import Packed, State
@@ -37,6 +40,8 @@ class Chat(ChatCompletionHandler):
         self.alone = GenerateManager()
         self.why_alone = reading.reason() or self.packed.engine.reason()
         """Why no request of this model can be packed; None where they can."""
+        self.why_several_alone = self.why_alone or reading.reason_of_several()
+        """Why none with several images can."""
         self.default: Callable[[], Spend]
         """Method and budget of a request that names none, at this load."""
 
@@ -47,20 +52,28 @@ class Chat(ChatCompletionHandler):
             if asked.model != self.model_manager.force_model:
                 raise HTTPException(404, f"no model {asked.model!r} here, but {self.model_manager.force_model!r}")
             ticket.spend, ticket.stops = asked.spend(self.default()), Stops(asked.stop or ())
+            ticket.counted = asked.counted
             config = self._config(asked)
+            ticket.ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             text, ids = await self.reading.text(asked)
             self.reading.check_length(len(ids), config.max_new_tokens)  # before what takes long; an image counts 1 here
             pictures = await self.reading.pictures(asked)
-            if self.why_alone is None and asked.packed:
+            why_alone = self.why_several_alone if len(pictures) > 1 else self.why_alone
+            if why_alone is None and asked.packed:
                 try:
                     return await self._packed(asked, ticket, config, ids, pictures)
                 except Alone:
                     pass
             return await self._alone(asked, ticket, config, text, pictures)
         except ValueError as error:
-            raise HTTPException(400, str(error)) from None
+            raise HTTPException(400, self.public(str(error))) from None
         except Full as error:
             raise HTTPException(429, str(error), {"retry-after": "1"}) from None
+
+    def public(self, said: str) -> str:
+        """What an error says, without where the model lies on this machine."""
+        home, name = getattr(self.reading.model.config, "_name_or_path", ""), str(self.model_manager.force_model)
+        return said.replace(str(Path(home)), name) if home and Path(home).is_dir() else said
 
     def _config(self, asked: Asked) -> GenerationConfig:
         """Greedy, unless a temperature is asked for."""
@@ -98,27 +111,34 @@ class Chat(ChatCompletionHandler):
         self, asked: Asked, ticket: Ticket, config: GenerationConfig, text: str, pictures: list[Picture]
     ) -> StreamingResponse | JSONResponse:
         inputs = await self.reading.inputs(text, pictures)
-        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode)
+        solo: Any = Solo(self.reading.model, ticket, self.reading.processor.decode, inputs)
         ticket.packed, ticket.prompt_tokens = False, inputs["input_ids"].shape[1]
         ticket.before = ticket.after = 0
         self.reading.check_length(ticket.prompt_tokens, config.max_new_tokens)
-        parts = (solo, self.reading.processor, asked.model, inputs, config, self.alone)
+        ids = {"input_ids": inputs["input_ids"]}  # the rest is with `solo`, which lets go of it
+        parts = (solo, self.reading.processor, asked.model, ids, config, self.alone)
         if asked.stream:
-            return self._streamed(solo.gone.set, ticket, *parts)
+            await asyncio.to_thread(self._check, ticket.spend)
+            return self._streamed(solo.leave, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
             return await asyncio.shield(whole)
         except asyncio.CancelledError:
-            solo.gone.set()
+            solo.leave()
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
+
+    def _check(self, spend: Spend) -> None:
+        """Raise what the method or the budget raises on this model: once a stream has begun its status is told."""
+        method, own = with_budget(spend[0])
+        Compression(self.reading.model, method, own if spend[1] is None else spend[1])
 
     def _streamed(self, over: Callable[[], None], *parts: Any) -> StreamingResponse:
         """`over` is called when the reply has ended, also where its client left before the first part was asked for."""
         response = self._streaming(*parts)
         if (task := asyncio.current_task()) is not None:
             task.add_done_callback(lambda _: over())
-        response.body_iterator = _with_end(response.body_iterator)  # type: ignore[arg-type]
+        response.body_iterator = _with_end(response.body_iterator, self.public)  # type: ignore[arg-type]
         return response
 
     # -- replies --------------------------------------------------------------------------------------------------
@@ -140,14 +160,15 @@ class Chat(ChatCompletionHandler):
         if usage is None:
             return reply
         self.metrics.answered(ticket, usage.completion_tokens)
-        return {**reply, "usage": ticket.usage(usage), **({"finish_reason": "stop"} if stops.over else {})}
+        told = ticket.usage(usage) if ticket.counted else None
+        return {**reply, "usage": told, **({"finish_reason": "stop"} if stops.over or ticket.ended else {})}
 
 
 FAILED = 'data: {"error": "'
 """How upstream's chunk of an error begins, with the text as it is; in JSON, text has no quotation mark of this kind."""
 
 
-async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _with_end(chunks: AsyncIterator[str], public: Callable[[str], str]) -> AsyncIterator[str]:
     """With the line that ends a stream for OpenAI's clients, or an error as they read it."""
     try:
         async for chunk in chunks:
@@ -155,7 +176,7 @@ async def _with_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
             if before:
                 yield before
             if failed:
-                error = problem(500, why.removesuffix('"}\n\n'))
+                error = problem(500, public(why.removesuffix('"}\n\n')))
                 yield f"data: {json.dumps(error)}\n\n"
                 return
         yield "data: [DONE]\n\n"

@@ -52,11 +52,13 @@ class Engine(ContinuousBatchingManager):
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         def delivered(output: GenerationOutput) -> None:
-            if isinstance(request_id, Ticket) and request_id.first is None and output.timestamps:
-                request_id.first = output.timestamps[0]
+            if isinstance(request_id, Ticket):
+                if request_id.first is None and output.timestamps:
+                    request_id.first = output.timestamps[0]
+                request_id.ended = any(token in request_id.ends for token in output.generated_tokens[-1:])
+            if output.is_finished():  # it is in no batch any more, and its client may ask again once it is called
+                self._release(request_id)
             callback(output)
-            if output.is_finished():
-                self._leaving.append(request_id)
 
         super().register_result_handler(request_id, delivered)
 
@@ -66,6 +68,12 @@ class Engine(ContinuousBatchingManager):
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
         self._leaving.append(request_id)  # behind the cancellation: what is not scheduled now never will be
+
+    def _release(self, request_id: str) -> None:
+        """Give the images of a request back that is over; harmless where they are back."""
+        if (prompt := self.prompts.pop(request_id, None)) is not None:
+            for kept in prompt.images:
+                self._memory.release(kept)
 
     def reason(self) -> str | None:
         """Why answers of this model would differ here; None where they would not."""
@@ -97,9 +105,8 @@ class Engine(ContinuousBatchingManager):
         for request in leaving:
             if request in scheduler.active_requests or request in scheduler.waiting_requests:
                 self.cancel_request(request)  # upstream looks at what is new first: both came between its two looks
-            elif (prompt := self.prompts.pop(request, None)) is not None:
-                for kept in prompt.images:
-                    self._memory.release(kept)
+            else:
+                self._release(request)
         if leaving:  # what a step still had for them, nobody reads
             unread = self.output_router.output_queue
             for output in drain_queue(unread):

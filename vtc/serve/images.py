@@ -9,12 +9,15 @@ import io
 import ipaddress
 import re
 import socket
+import time
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vtc.grey import in_8_bits
 from vtc.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+ADDRESSES = ("http://", "https://")
 NARROW = 200
 """How many times its shorter side the longer one of an image is at most, as with Qwen-VL's processors: others bring the
 shorter side to a size of theirs, and a strip takes all memory."""
@@ -25,30 +28,31 @@ def images(urls: list[str], limits: Limits) -> list[Image.Image]:
 
     Raises ValueError, with the reason, for what is no image, too large, or not to be fetched.
     """
-    if len(urls) > limits.images:
-        raise ValueError(f"{len(urls)} images; this server takes {limits.images} in a request")
-    left, found = limits.pixels, []
+    left, found, end = limits.pixels, [], time.monotonic() + limits.seconds
     for url in urls:
-        found.append(_decoded(_content(url, limits), left))
+        found.append(_decoded(_content(url, limits, end), left))
         left -= found[-1].width * found[-1].height
     return found
 
 
-def _content(url: str, limits: Limits) -> bytes:
+def _content(url: str, limits: Limits, end: float) -> bytes:
     if match := re.match(r"data:image/[\w.+-]+;base64,", url):
         try:
             return base64.b64decode(url[match.end() :], validate=True)
         except binascii.Error as error:
             raise ValueError(f"the image is no base64: {error}") from None
-    if url.startswith(("http://", "https://")):
+    if url.startswith(ADDRESSES):
         if not limits.urls:
             raise ValueError("this server fetches no URLs: send the image as data:image/...;base64,...")
-        return _fetched(url, limits)
+        return _fetched(url, limits, end)
     raise ValueError("an image is a data URL: data:image/...;base64,...")
 
 
-def _fetched(url: str, limits: Limits) -> bytes:
-    """What stands at a public address, without redirections, read from the very address that was found to be public."""
+def _fetched(url: str, limits: Limits, end: float) -> bytes:
+    """What stands at a public address, without redirections, read from the very address that was found to be public.
+
+    As the bytes come: what is compressed could become any number of them. `end` is when all images have to be here.
+    """
     import httpx
 
     try:
@@ -61,15 +65,18 @@ def _fetched(url: str, limits: Limits) -> bytes:
         raise ValueError(f"{host} is no public address")
 
     async def read() -> bytes:
-        content, headers, extensions = b"", {"host": at.netloc.decode()}, {"sni_hostname": host}
+        content, extensions = b"", {"sni_hostname": host}
+        headers = {"host": at.netloc.decode(), "accept-encoding": "identity"}
         async with (
-            asyncio.timeout(limits.seconds),
+            asyncio.timeout(end - time.monotonic()),
             httpx.AsyncClient(timeout=None, trust_env=False) as client,
             client.stream("GET", at.copy_with(host=addresses[0]), headers=headers, extensions=extensions) as response,
         ):
             if response.status_code != 200:
                 raise ValueError(f"{host} answers {response.status_code}")
-            async for chunk in response.aiter_bytes():
+            if (packed := response.headers.get("content-encoding", "identity")) != "identity":
+                raise ValueError(f"{host} sends the image as {packed[:20]}: send it as data:image/...;base64,...")
+            async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > limits.body:
                     raise ValueError(f"the image at {host} has more than {limits.body} bytes")
@@ -90,8 +97,7 @@ def _decoded(content: bytes, pixels: int) -> Image.Image:
                 raise ValueError(f"an image of {image.width} x {image.height} pixels where {pixels} are left to use")
             if max(image.size) > NARROW * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels: one side is over {NARROW} times the other")
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
+            return in_8_bits(ImageOps.exif_transpose(image), "the image").convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not an image: {', '.join(FORMATS)} are read") from None
     except (ValueError, Image.DecompressionBombError) as error:

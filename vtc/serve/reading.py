@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,6 +14,7 @@ from PIL.Image import Image
 from transformers.cli.serving.utils import BaseHandler, Modality
 
 from vtc.serve.encode import NOTHING, Alone, Spend, prune
+from vtc.serve.images import ADDRESSES
 from vtc.serve.images import images as open_images
 from vtc.serve.limits import Limits
 from vtc.serve.memory import Full, Kept, Memory
@@ -33,6 +34,7 @@ class Reading:
         self.model, self.processor, self.tower, self.limits, self.context = model, processor, tower, limits, context
         self.memory: Memory = tower.memory
         self._beside, self._lock = copy.deepcopy(processor), threading.Lock()  # for other threads
+        self._fetching = ThreadPoolExecutor(limits.waiting, "vtc-fetch")  # others wait for no address
         self.placeholder: int = tower.adapter.image_token_id
         self.characters = context * max(map(len, processor.tokenizer.get_vocab()))
         """Of a text: `context` times those of the longest token."""
@@ -43,10 +45,16 @@ class Reading:
         def opened() -> list[Picture]:
             return [(image, self.memory.digest(image)) for image in open_images(asked.urls, self.limits)]
 
-        return await asyncio.to_thread(opened)
+        slow = self._fetching if any(url.startswith(ADDRESSES) for url in asked.urls) else None
+        return await asyncio.get_running_loop().run_in_executor(slow, opened)
 
     async def text(self, asked: Asked) -> tuple[str, list[int]]:
-        """The prompt, with one placeholder for each image. Raises ValueError where text holds one, or is too long."""
+        """The prompt, with one placeholder for each image.
+
+        Raises ValueError where text holds one, or is too long, and for too many images.
+        """
+        if len(asked.urls) > self.limits.images:
+            raise ValueError(f"{len(asked.urls)} images; this server takes {self.limits.images} in a request")
         messages = [message.model_dump(exclude_none=True) for message in asked.messages]
         try:
             chat = BaseHandler.get_processor_inputs_from_messages(messages, Modality.VLM)
@@ -117,6 +125,23 @@ class Reading:
         """Raise ValueError for what is too long, with how long that is."""
         if tokens + new > self.context:
             raise ValueError(f"a prompt of {tokens} tokens and an answer of {new}; this server holds {self.context}")
+
+    def reason_of_several(self) -> str | None:
+        """Why no request with several images can; None where they can, each encoded as if it were alone.
+
+        LLaVA-OneVision cuts the image of a prompt into tiles, and of several none.
+        """
+        from PIL import Image as pillow
+
+        wide = pillow.new("RGB", (1536, 768))
+        one, two = (self._placeholders([wide] * count) for count in (1, 2))
+        return None if two == 2 * one else "this model sees several images in another way than one"
+
+    def _placeholders(self, images: list[Image]) -> int:
+        """Visual tokens of one prompt."""
+        text = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder) * len(images)
+        made = self.processor(images=[images], text=[text], add_special_tokens=False, return_tensors="pt")
+        return int((made["input_ids"] == self.placeholder).sum())
 
     def reason(self) -> str | None:
         """Why no request of this model can share a batch; None where it can."""

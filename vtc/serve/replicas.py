@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtc.budget import check_budget
 from vtc.serve.app import Server
 from vtc.serve.gate import Gate
 from vtc.serve.limits import Limits
@@ -40,17 +41,30 @@ class Replica:
             self.server.stop()
 
 
-def application(given: dict[str, str]) -> Any:
+def budget_of(given: str | float) -> Budget:
+    """Of an argument, which is a number in a config file without quotation marks: "0.25", 0.25 or 64.
+
+    Raises ValueError for what is no budget.
+    """
+    try:
+        budget = int(given) if str(given).isdecimal() else float(str(given))
+        check_budget(budget)
+    except ValueError:
+        raise ValueError(f"budget: {given!r}; name a fraction like 0.25, or a number of tokens like 64") from None
+    return budget
+
+
+def application(given: dict[str, Any]) -> Any:
     """What `serve run` and a config file of Ray Serve name; `replicas` is a number, or "auto" for autoscaling.
 
-    Raises ValueError for a name that is none of `CHOICES`.
+    Raises ValueError for a name that is none of `CHOICES`, and as `budget_of`.
     """
-    from ray import serve
-
     if unknown := [name for name in given if name not in CHOICES]:
         raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(CHOICES)}")
     model, waiting = given.get("model", "reference"), int(given.get("waiting", 64))
-    replicas, budget = given.get("replicas", "1"), given.get("budget", "0.25")
+    replicas, budget = given.get("replicas", "1"), budget_of(given.get("budget", 0.25))
+    from ray import serve
+
     deployment: Any = serve.deployment(serve.ingress(None)(Replica))
     deployment = deployment.options(
         name="vtc",
@@ -62,7 +76,7 @@ def application(given: dict[str, str]) -> Any:
         model=model,
         name=given.get("name", model),
         method=given.get("method", "vtc-cls"),
-        budget=int(budget) if budget.isdecimal() else float(budget),
+        budget=budget,
         device=given.get("device", "auto"),
         waiting=waiting,
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vtc.methods import described
 from vtc.serve.encode import NOTHING, Spend
+
+PARTS = 1000
+"""Texts and images of a request, over all its messages."""
 
 
 @cache
@@ -18,17 +22,22 @@ def names() -> tuple[str, ...]:
 
 
 class _Strict(BaseModel):
-    """What is not known is refused: it would change the answer."""
+    """What is not known is refused: it would change the answer. So is what has another type: "no" is not false."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _said(cls, given: Any) -> Any:
-        """Without what is not known and null, which says nothing: so gradio's chat sends earlier turns."""
+        """Without what is not known and null, which says nothing: so gradio's chat sends earlier turns.
+
+        Of what else is not known the first is enough: a million names would be a million errors.
+        """
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+        known = {name: value for name, value in given.items() if name in cls.model_fields}
+        unknown = (one for one in given.items() if one[0] not in known and one[1] is not None)
+        return known | dict(islice(unknown, 1))
 
 
 def _encodable(given: str) -> str:
@@ -65,7 +74,17 @@ class Message(_Strict):
     name: Words | None = None
 
 
-Tokens = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+def _bounded(given: Any) -> Any:
+    """Each part takes its time here and in the chat template, while nobody else is answered."""
+    if isinstance(given, list):
+        contents = (one.get("content") if isinstance(one, dict) else None for one in given)
+        parts = sum(max(1, len(content)) if isinstance(content, list) else 1 for content in contents)
+        if parts > PARTS:
+            raise ValueError(f"{parts} messages and parts of them; this server takes {PARTS} in a request")
+    return given
+
+
+Tokens = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class Compress(_Strict):
@@ -73,13 +92,14 @@ class Compress(_Strict):
 
     method: str | None = None
     """A name out of `vtc methods`, or "none" for all visual tokens."""
-    budget: Tokens | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    budget: Tokens | Annotated[float, Field(gt=0, le=1)] | None = None
     """Visual tokens per image averaged over the decoder layers, or a fraction."""
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = True
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    """None: a stream ends with its usage, too."""
+    include_obfuscation: bool | None = None
 
 
 def _listed(given: Any) -> Any:
@@ -93,16 +113,16 @@ class Asked(_Strict):
     """A request."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_bounded)]
     vtc: Compress | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """None and below 0.001: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_listed)] | None = None
-    n: Literal[1] = 1
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     user: str | None = None
 
     @property
@@ -116,13 +136,18 @@ class Asked(_Strict):
         return not self.sampled and self.top_p in (None, 1.0) and not self.stop
 
     @property
+    def counted(self) -> bool:
+        """Whether the reply ends with its usage."""
+        return not self.stream or self.stream_options is None or self.stream_options.include_usage is not False
+
+    @property
     def urls(self) -> list[str]:
         """Of its images, in order."""
         parts = (part for message in self.messages if not isinstance(message.content, str) for part in message.content)
         return [part.image_url.url for part in parts if isinstance(part, Picture)]
 
     def spend(self, default: Spend) -> Spend:
-        """Method and budget. Raises ValueError for a method that vtc has not."""
+        """Method and budget. Raises ValueError for a method that vtc has not, and for a budget of no method."""
         if self.vtc is None or (self.vtc.method is None and self.vtc.budget is None):
             return default
         method, budget = self.vtc.method, self.vtc.budget
@@ -130,6 +155,8 @@ class Asked(_Strict):
             return NOTHING
         if method is not None and method not in names():  # names alone: other forms would import and read files
             raise ValueError(f"unknown method {method!r}; this server knows none, {', '.join(names())}")
+        if method is None and default is NOTHING:  # the very one: a server may have the same method at all tokens
+            raise ValueError("vtc.budget: this server reads all visual tokens; name a method for this budget, too")
         return default[0] if method is None else method, budget
 
 

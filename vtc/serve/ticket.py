@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from openai.types.completion_usage import CompletionUsage
@@ -26,10 +27,17 @@ class Ticket(str):
     first: float | None
     """When the first token was there."""
     stops: Stops
+    ends: Sequence[int]
+    """Ids with which the model ends an answer."""
+    ended: bool
+    """Whether it has done so, be it with the last token that it may say."""
+    counted: bool
+    """Whether its reply tells its usage."""
 
     def __new__(cls) -> Ticket:
         ticket = super().__new__(cls, f"chatcmpl-{uuid.uuid4().hex}")
-        ticket.start, ticket.first, ticket.stops = time.perf_counter(), None, Stops()
+        ticket.ends, ticket.ended = (), False
+        ticket.start, ticket.first, ticket.stops, ticket.counted = time.perf_counter(), None, Stops(), True
         return ticket
 
     start: float

@@ -65,9 +65,18 @@ class Tower:
                     return
                 batch.append(more)
             for key, image, spend in batch:
-                groups.setdefault(spend, []).append((key, image))
+                if self._wanted(key):
+                    groups.setdefault(spend, []).append((key, image))
             for spend, images in groups.items():
                 self._prune(images, spend)
+
+    def _wanted(self, key: Hashable) -> bool:
+        """Whether somebody still waits for an image; where all have left, who comes now asks anew."""
+        with self._lock:
+            if all(future.cancelled() for future in self._waiting[key]):
+                del self._waiting[key]
+                return False
+            return True
 
     def _prune(self, images: Sequence[tuple[Hashable, Image]], spend: Spend) -> None:
         try:
