@@ -162,6 +162,11 @@ def test_every_option_is_read(command):
         ("serve --adapt 0.5,0.25 --budget 0.25", "--budget: --adapt names the budgets"),
         ("throughput --budget 64", "use a fraction up to 0.5"),
         ("throughput --budget 51%", "use a fraction up to 0.5"),
+        ("eval --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("compare . vtc-cls --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("table --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("tune --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("layers --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
     ],
 )
 def test_what_a_command_would_not_read_is_refused(words, message):

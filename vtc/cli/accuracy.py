@@ -61,7 +61,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Questions of each task; unless given 1000, or with --tasks all of a benchmark."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: BatchSize = 32,
     max_new_tokens: Annotated[
@@ -177,7 +177,7 @@ def _show(task: str, rows: list[Row], where: Path) -> None:
 def compare(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `vtc eval` got as --out.")],
     method: Annotated[str, typer.Argument(help="One of its methods, as it was named there.")],
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Compare one method of a run with each other one and the full model: paired differences, question by question.
 

@@ -42,7 +42,7 @@ def tune(
     questions: Questions = None,
     samples: Samples = 30,
     trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search and of the choice of images.")] = 0,
     out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
 ) -> None:
     """Find a method's hyper-parameters for a model and a budget, without labels.
@@ -114,7 +114,7 @@ def layers(
     benchmark: Annotated[str, typer.Option(help="scenes or pages.")] = "scenes",
     left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
     limit: Annotated[int, typer.Option(min=1, help="Questions of the benchmark's validation split.")] = 450,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the intervals.")] = 0,
     batch_size: BatchSize = 32,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
