@@ -27,8 +27,8 @@ from scipy.stats import beta
 import vtc
 from vtc.eval import folder, progress, report
 from vtc.eval.album import Album, Candidate, find_images, find_questions
-from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
+from vtc.eval.store import Store
 from vtc.methods.compose import with_budget
 from vtc.stage import EVIDENCE
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -13,17 +12,17 @@ from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import nn
 
 import vtc
 from vtc.adapter import find
-from vtc.eval.rows import Asked
+from vtc.eval.store import DamagedError as DamagedError
+from vtc.eval.store import Store as Store
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
 
-Kept = TypeVar("Kept", bound=Asked)
 FINDINGS = (
     *(f"{name}.json" for name in ("summary", "needs-image", "bytes", "compare", "choice")),
     *(f"{name}.png" for name in ("curve", "needs-image", "bytes", "pareto")),
@@ -33,57 +32,6 @@ FINDINGS = (
 
 class OtherRunError(ValueError):
     """A folder that holds the results of another run."""
-
-
-class DamagedError(ValueError):
-    """A file of results that cannot be read."""
-
-
-class Store(Generic[Kept]):
-    """The lines of one run in a file, by `key_of`: append-only, flushed a batch at a time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: dict[str, Kept] = {}
-        self._torn: int | None = None
-        """Where the file ends once a torn last line is cut off; nothing is cut by reading."""
-        if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        whole = self.path.read_bytes()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if complete != whole:  # killed while writing: the torn line is asked again
-            self._torn = len(complete)
-        for number, text in enumerate(complete.splitlines(), 1):
-            try:
-                line = json.loads(text)
-                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
-                self.lines[key_of(line)] = line
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise DamagedError(
-                    f"{self.path} is damaged at line {number}: delete it to start over (--restart does so)"
-                ) from None
-
-    def add(self, lines: Sequence[Kept]) -> None:
-        new = [line for line in lines if key_of(line) not in self.lines]
-        if self._torn is not None:
-            os.truncate(self.path, self._torn)
-            self._torn = None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in new))
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines.update((key_of(line), line) for line in new)
-
-
-def key(method: str, budget: vtc.Budget, question_id: str) -> str:
-    """What a line is found by: JSON tells 1 token from 1.0 of the tokens."""
-    return json.dumps([method, budget, question_id])
-
-
-def key_of(line: Asked) -> str:
-    return key(line["method"], line["budget"], line["question_id"])
 
 
 def configuration(settings: Any, path: str, device: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -171,7 +119,7 @@ def sources() -> set[Path]:
     library, here = Path(vtc.__file__).parent, Path(__file__).parent
     folders = [*(library / room for room in (".", "core", "cache", "methods")), *map(Path, integrations.__path__)]
     harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions", "marking", "memory", "mis")
-    harness = (*harness, "album", "images", "suites", "suite_model", "arguments", "video")
+    harness = (*harness, "store", "album", "images", "suites", "suite_model", "arguments", "video")
     files = {file for folder in (*folders, here / "pages") for file in folder.glob("*.py")}
     return files | {here / f"{name}.py" for name in harness}
 

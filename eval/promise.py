@@ -15,10 +15,10 @@ import typer
 
 from vtc.eval import choose, progress
 from vtc.eval.album import FULL, Candidate
-from vtc.eval.folder import Store
 from vtc.eval.mis import SWAPPED
 from vtc.eval.rows import Line
 from vtc.eval.run import SMALLER
+from vtc.eval.store import Store
 
 Agreements = Mapping[Candidate, np.ndarray]
 """(questions,) bool of each candidate: whether it answers as the full model does."""

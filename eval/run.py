@@ -20,10 +20,10 @@ from torch import Tensor
 import vtc
 from vtc.adapter import find
 from vtc.eval import benchmarks, folder, marking, memory, mis, progress, report
-from vtc.eval.folder import Store
 from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.eval.store import Store, key
 from vtc.methods import check_names
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
@@ -67,7 +67,7 @@ class Arm:
     """The method as it was when the run began: its file may be written anew while it goes on."""
 
     def key(self, question_id: str) -> str:
-        return folder.key(self.method, self.budget, question_id)
+        return key(self.method, self.budget, question_id)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ from torch.nn.utils.rnn import pad_sequence
 import vtc
 from vtc.eval import arguments, progress, video
 from vtc.eval.cost import kv_bytes
-from vtc.eval.folder import Store, key_of
 from vtc.eval.reader import Chat, load, model_path, pick_device
 from vtc.eval.rows import Asked, Reply
+from vtc.eval.store import Store, key_of
 from vtc.eval.video import Video
 
 

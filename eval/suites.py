@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import vtc
 from vtc.eval import folder, marking, measure, memory, mis, published, report, run
-from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
 from vtc.eval.run import Arm
+from vtc.eval.store import Store
 from vtc.install import install_line
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json

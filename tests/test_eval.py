@@ -1,6 +1,7 @@
 """The harness: what a run writes, and that one which is killed loses and doubles nothing."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -329,6 +330,38 @@ def test_reading_the_results_of_a_run_that_goes_on_cuts_nothing(tmp_path):
     assert file.read_text() == torn
     store.add([{**line, "question_id": "caf\udce9.png"}])  # of a file whose name is no UTF-8
     assert list(folder.Store(file).lines.values()) == [line, {**line, "question_id": "caf\udce9.png"}]
+
+
+def test_a_write_that_fails_half_way_damages_nothing(tmp_path, monkeypatch):
+    """As on a full disk, which has room again later."""
+    store, lines = folder.Store(tmp_path / "results.jsonl"), [asked_line(number) for number in range(4)]
+    store.add(lines[:1])
+    fsync = os.fsync
+
+    def full(file):
+        os.ftruncate(file, os.fstat(file).st_size - 5)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        store.add(lines[1:3])
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert list(folder.Store(store.path).lines.values()) == lines[:2]  # what is torn is no line
+    store.add(lines[3:])
+    assert list(folder.Store(store.path).lines.values()) == [lines[0], lines[3]]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, number):
+    store = folder.Store(tmp_path / "results.jsonl")
+    with pytest.raises(ValueError, match=r"a at 1\.0 has no finite number for question 1"):
+        store.add([asked_line(0), {**asked_line(1), "tokens": number}])
+    assert not store.path.exists()
+    assert store.lines == {}
+
+
+def asked_line(number):
+    return {"method": "a", "budget": 1.0, "question_id": str(number)}
 
 
 def test_one_token_and_all_tokens_are_two_budgets():
