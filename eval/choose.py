@@ -196,7 +196,8 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     """Choose, resuming what `out` holds of the same run, and write choice.json there.
 
     Returns the verdict, and why what cannot work on this model was left out, by its name. Raises
-    ValueError for what cannot be read, for too few images, and for a folder that holds another run.
+    ValueError for what cannot be read, for too few images, and for a folder that holds another run, or that another
+    process is at work in.
     """
     images, digests = find_images(Path(settings.images), bar)
     questions = find_questions(Path(settings.questions) if settings.questions else None, images)
@@ -215,13 +216,14 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
         found |= folder.method_digests(reader.model, {name: methods[name]}, budgets)
     asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
     config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
-    folder.open_folder(out, config, restart)
-    tried = promised(out / "choice.json")
-    album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
-    with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
-        verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
-    verdict = replace(verdict, tried=sorted({*tried} - {settings.agree}))
-    write(verdict, settings, album, out / "choice.json")
+    with folder.alone(out):
+        folder.open_folder(out, config, restart)
+        tried = promised(out / "choice.json")
+        album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
+        with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
+            verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
+        verdict = replace(verdict, tried=sorted({*tried} - {settings.agree}))
+        write(verdict, settings, album, out / "choice.json")
     return verdict, refused
 
 

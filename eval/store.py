@@ -12,6 +12,7 @@ import vtc
 from vtc.eval.rows import Asked
 
 Kept = TypeVar("Kept", bound=Asked)
+START_OVER = "delete it to start over (--restart of `vtc eval` and `vtc choose` does so)"
 
 
 class DamagedError(ValueError):
@@ -40,9 +41,7 @@ class Store(Generic[Kept]):
                 json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
                 self.lines[key_of(line)] = line
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise DamagedError(
-                    f"{self.path} is damaged at line {number}: delete it to start over (--restart does so)"
-                ) from None
+                raise DamagedError(f"{self.path} is damaged at line {number}: {START_OVER}") from None
 
     def add(self, lines: Sequence[Kept]) -> None:
         """Append those that are new: all of them, or where that fails, as on a full disk, none.

@@ -92,8 +92,7 @@ class Vtc(lmms):
     Args:
         pretrained: "reference", "reference-pages", a model folder or a hub id.
         method: a name, a JSON file of `vtc tune`, or a `vtc.Method`.
-        budget: as `vtc.wrap` takes it, or "25%"; without it that of a file of `vtc choose`. A budget without a method is
-            an error.
+        budget: as `vtc.wrap` takes it, or "25%"; unless given that of a file of `vtc choose`. Alone it is an error.
         device: "auto", "cpu", "cuda", ...; with several processes each takes its own.
         device_map: as transformers takes it, "auto" for a model that is larger than one GPU.
         dtype, attn_implementation, revision: as `from_pretrained` takes them.

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import held, read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image
 
 import vtc
@@ -355,6 +355,14 @@ def test_another_promise_goes_on_with_the_answers_that_are_there(chosen, photos,
     evidence = json.loads((out / "choice.json").read_text())["evidence"]
     assert (evidence["agree"], evidence["tried"]) == (0.4, [0.5])  # several promises on the same images: it is said
     assert "tried here before: 0.5" in done.stderr
+
+
+def test_a_folder_that_another_process_chooses_in_is_left_to_it(photos, tiny, tmp_path):  # noqa: F811
+    with held(tmp_path / "out"):
+        done = choose_on(photos, tiny, tmp_path / "out", "--agree", 0.5)
+    assert done.returncode == 1
+    assert "error: another process is at work in" in done.stderr
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_nothing_to_prune_is_a_file_that_prunes_nothing(photos, tiny, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import command, held, read_lines, tiny  # noqa: F401 (a fixture)
 from huggingface_hub.errors import RepositoryNotFoundError
 from models import FAMILIES, batch, rows, visual
 from PIL import Image
@@ -306,6 +306,15 @@ def test_a_dry_run_looks_at_the_folder_and_leaves_it(finished, settings, tmp_pat
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("damage", ["", "[]", '{"settings": 3}', "{", "\0\udcff"])
+def test_a_damaged_configuration_is_named(finished, settings, tmp_path, damage):
+    out = copy_of(finished, tmp_path)
+    (out / "config.json").write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(folder.DamagedError, match=r"config\.json is damaged, .*: delete it to start over"):
+        folder.check(out, {"settings": {}}, restart=False)
+    assert folder.check(out, {"settings": {}}, restart=True) is False
+
+
 def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
     out = copy_of(finished, tmp_path)
     few = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
@@ -362,6 +371,25 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, number):
 
 def asked_line(number):
     return {"method": "a", "budget": 1.0, "question_id": str(number)}
+
+
+def test_a_folder_has_one_process_at_a_time(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    before = (out / "results.jsonl").read_bytes()
+    with held(out):
+        for restart in (False, True):
+            with pytest.raises(folder.BusyError, match=r"another process is at work in .*run: wait .* another --out"):
+                run.evaluate(settings, out, restart)
+        assert (out / "results.jsonl").read_bytes() == before
+    assert run.evaluate(settings, out) == list(finished[1].values())
+
+
+def test_a_method_whose_file_is_gone_at_the_end_costs_nothing(settings, tmp_path, monkeypatch):
+    vtc.list_methods()["random-kv"]().to_json(file := tmp_path / "late.json")
+    batches = run._batches
+    monkeypatch.setattr(run, "_batches", lambda *given: file.unlink() or batches(*given))
+    rows = run.evaluate(replace(settings, methods=(str(file),), budgets=(0.5,), limit=2), tmp_path / "run")
+    assert rows[-1]["after_prefill"] is True
 
 
 def test_one_token_and_all_tokens_are_two_budgets():
