@@ -444,8 +444,11 @@ def _prediction(sample: dict[str, Any]) -> str:
 
 
 def _score(task: Task, sample: dict[str, Any]) -> float | None:
-    """What the task's first metric that knows single questions gave this one, 0 to 1; None where none does."""
-    for metric in task.higher_is_better():
+    """What the first metric of the task that knows single questions gave this one, 0 to 1; None where none does.
+
+    Metrics of which less is better, such as error rates, are passed over.
+    """
+    for metric in (name for name, better in task.higher_is_better().items() if better):
         value = sample.get(metric)
         value = value.get("score") if isinstance(value, dict) else value
         if isinstance(value, Real):
