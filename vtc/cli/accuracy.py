@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import BatchSize, Budgets, Device, Model, need, parse_budgets, refuse, split
+from vtc.cli.arguments import BatchSize, Budgets, Device, Model, check_folder, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
 from vtc.methods import check_names
 
@@ -160,7 +160,7 @@ def evaluate(
             memory.table(json.loads((out / "bytes.json").read_text())), f"{escape(str(out))}: bytes.png, bytes.json"
         )
     if by_task:
-        console.print(report.task_table(rows))
+        console.print(*report.task_tables(rows, console.width))
     console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
@@ -220,6 +220,7 @@ def faithfulness(
     chosen = tuple(dict.fromkeys(split(methods)))
     check_names(*chosen)
     need("sklearn", "scipy", extra="eval")
+    check_folder(out)
     quiet()
     from vtc.eval import benchmarks
     from vtc.eval import faithfulness as compared

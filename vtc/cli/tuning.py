@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import BatchSize, Device, Model, Questions, need, parse_budget, refuse
+from vtc.cli.arguments import BatchSize, Device, Model, Questions, check_file, check_folder, need, parse_budget, refuse
 from vtc.cli.terminal import note_one, note_questions, quiet, say
 from vtc.eval.benchmarks import NAMES
 from vtc.methods import check_names
@@ -57,6 +57,7 @@ def tune(
     """
     spend = parse_budget(budget)
     check_names(method)
+    check_file(out)
     need("optuna", "scipy", extra="tune")
     note_one([spend])
     _begin(context, images, questions)
@@ -96,6 +97,7 @@ def fit(
     """
     spend = parse_budget(budget)
     check_names(method)
+    check_file(out)
     note_one([spend])
     _begin(context, images, questions)
     from vtc.eval import fit as fitting
@@ -130,6 +132,7 @@ def layers(
       vtc layers --model reference-pages --benchmark pages --out out/layers-pages
     """
     need("matplotlib", "sklearn", extra="eval")
+    check_folder(out)
     quiet()
     from vtc.eval import benchmarks
     from vtc.eval import layers as probe
