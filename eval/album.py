@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import vtc
-from vtc.eval import folder, marking, progress, report
-from vtc.eval.folder import Store
+from vtc.eval import marking, progress, report
 from vtc.eval.images import list_images, open_image
 from vtc.eval.reader import Reader
 from vtc.eval.rows import Asked
+from vtc.eval.store import Store, key
 
 QUESTIONS = (
     "what is the main thing in the picture? answer with one word.",
@@ -160,7 +160,7 @@ class Album:
         return f"{self.images[image].name}#{number}"
 
     def _key(self, candidate: Candidate, image: int, number: int) -> str:
-        return folder.key(candidate.method, candidate.budget, self._id(image, number))
+        return key(candidate.method, candidate.budget, self._id(image, number))
 
 
 def _of(line: Asked) -> Candidate:

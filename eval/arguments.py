@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import vtc
+from vtc.methods.compose import with_budget
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 DECODING = (
@@ -62,8 +63,10 @@ def _value(given: Any) -> Any:
     return tuple(json.loads(given)) if isinstance(given, str) and given.startswith("[") else given
 
 
-def budget(given: int | float | str | None) -> int | float | None:
-    """A budget as the command line takes it: 64, 0.25 or "25%"."""
+def budget(given: int | float | str | None, method: str | vtc.Method | None = None) -> int | float | None:
+    """A budget as the command line takes it: 64, 0.25 or "25%"; where none is given what the method's file names."""
+    if given is None and method is not None:
+        return with_budget(method)[1]
     if not isinstance(given, str):
         return given
     try:

@@ -27,10 +27,10 @@ from scipy.stats import beta
 import vtc
 from vtc.eval import folder, progress, report
 from vtc.eval.album import Album, Candidate, find_images, find_questions
-from vtc.eval.folder import Store
 from vtc.eval.reader import Reader, load, model_path, pick_device
+from vtc.eval.store import Store
 from vtc.methods.compose import with_budget
-from vtc.stage import EVIDENCE
+from vtc.stage import EVIDENCE, write_json
 
 CONFIDENCE = 0.95
 SEARCH = 16
@@ -188,15 +188,16 @@ class Settings:
 
 
 ANSWERS = ("model", "batch_size", "max_new_tokens")
-"""The settings that answers depend on, beside methods, budgets, images and questions: a run with another promise or
-seed goes on with what the folder holds."""
+"""The settings that answers depend on, beside method and budget, by which they are found, images and questions: a run
+with another promise, seed or budgets goes on with what the folder holds."""
 
 
 def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False) -> tuple[Verdict, dict[str, str]]:
     """Choose, resuming what `out` holds of the same run, and write choice.json there.
 
     Returns the verdict, and why what cannot work on this model was left out, by its name. Raises
-    ValueError for what cannot be read, for too few images, and for a folder that holds another run.
+    ValueError for what cannot be read, for too few images, and for a folder that holds another run, or that another
+    process is at work in.
     """
     images, digests = find_images(Path(settings.images), bar)
     questions = find_questions(Path(settings.questions) if settings.questions else None, images)
@@ -209,20 +210,41 @@ def run(settings: Settings, out: Path, restart: bool = False, bar: bool = False)
     candidates, refused = working(reader, methods, settings.budgets)
     names = [image.name for image in images]
     data = hashlib.sha256(json.dumps([names, digests, questions]).encode()).hexdigest()[:16]
-    found: dict[str, str] = {}
-    for name in {candidate.method for candidate in candidates}:
-        budgets = [x.budget for x in candidates if x.method == name]
-        found |= folder.method_digests(reader.model, {name: methods[name]}, budgets)
+    found = _digests(reader, candidates, methods)
     asked_with = SimpleNamespace(**{name: getattr(settings, name) for name in ANSWERS})
     config = folder.configuration(asked_with, path, device, {**found, "images and questions": data})
-    folder.open_folder(out, config, restart)
-    tried = promised(out / "choice.json")
-    album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
-    with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
-        verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
-    verdict = replace(verdict, tried=sorted({*tried} - {settings.agree}))
-    write(verdict, settings, album, out / "choice.json")
+    with folder.alone(out):
+        others = _open(out, config, restart)
+        tried = promised(out / "choice.json")
+        album = Album(reader, images, questions, Store(out / "results.jsonl"), methods, settings.batch_size)
+        with progress.bar("asking", _at_most(settings, candidates, len(images)), shown=bar) as album.tick:
+            verdict = choose(album, candidates, len(images), settings.agree, settings.seed)
+        verdict = replace(verdict, tried=sorted({*tried} - (set() if others else {settings.agree})))
+        write(verdict, settings, album, out / "choice.json")
     return verdict, refused
+
+
+def _digests(reader: Reader, candidates: Sequence[Candidate], methods: Mapping[str, vtc.Method]) -> dict[str, str]:
+    """One for each candidate, as it is bound to its budget."""
+    found = {}
+    for candidate in candidates:
+        name, budget = candidate.method, candidate.budget
+        (digest,) = folder.method_digests(reader.model, {name: methods[name]}, [budget]).values()
+        found[f"method {name} at {budget}"] = digest
+    return found
+
+
+def _open(out: Path, config: dict[str, Any], restart: bool) -> bool:
+    """Make `out` this run's folder; gives whether other candidates have answers there.
+
+    They stay, since an answer is found by its method and budget: what both runs ask has to be the same.
+    """
+    asked = config["digests"]
+    there = {} if restart else folder.read_config(out).get("digests", {})
+    both = {name: asked.get(name, digest) for name, digest in there.items()}
+    folder.open_folder(out, {**config, "digests": both or asked}, restart)
+    write_json(out / "config.json", {**config, "digests": {**there, **asked}})
+    return bool(there.keys() - asked.keys())
 
 
 def resolve(names: Sequence[str]) -> dict[str, vtc.Method]:

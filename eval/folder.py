@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 import vtc
 from vtc.adapter import find
-from vtc.eval.rows import Asked
+from vtc.eval.store import START_OVER, DamagedError
+from vtc.eval.store import Store as Store
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
 
-Kept = TypeVar("Kept", bound=Asked)
 FINDINGS = (
     *(f"{name}.json" for name in ("summary", "needs-image", "bytes", "compare", "choice")),
     *(f"{name}.png" for name in ("curve", "needs-image", "bytes", "pareto")),
@@ -31,59 +32,18 @@ FINDINGS = (
 """What is made of a run's results: a new run in the folder begins without."""
 
 
+NESTED = ("settings", "digests", "versions")
+"""The parts of a configuration that have parts themselves."""
+LOCK = ".lock"
+"""The file by which a process keeps others out of a folder; it stays there."""
+
+
+class BusyError(ValueError):
+    """A folder that another process is at work in."""
+
+
 class OtherRunError(ValueError):
     """A folder that holds the results of another run."""
-
-
-class DamagedError(ValueError):
-    """A file of results that cannot be read."""
-
-
-class Store(Generic[Kept]):
-    """The lines of one run in a file, by `key_of`: append-only, flushed a batch at a time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: dict[str, Kept] = {}
-        self._torn: int | None = None
-        """Where the file ends once a torn last line is cut off; nothing is cut by reading."""
-        if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        whole = self.path.read_bytes()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if complete != whole:  # killed while writing: the torn line is asked again
-            self._torn = len(complete)
-        for number, text in enumerate(complete.splitlines(), 1):
-            try:
-                line = json.loads(text)
-                json.dumps(line, allow_nan=False)  # raises for NaN, which json.loads takes for a number
-                self.lines[key_of(line)] = line
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise DamagedError(
-                    f"{self.path} is damaged at line {number}: delete it to start over (--restart does so)"
-                ) from None
-
-    def add(self, lines: Sequence[Kept]) -> None:
-        new = [line for line in lines if key_of(line) not in self.lines]
-        if self._torn is not None:
-            os.truncate(self.path, self._torn)
-            self._torn = None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in new))
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines.update((key_of(line), line) for line in new)
-
-
-def key(method: str, budget: vtc.Budget, question_id: str) -> str:
-    """What a line is found by: JSON tells 1 token from 1.0 of the tokens."""
-    return json.dumps([method, budget, question_id])
-
-
-def key_of(line: Asked) -> str:
-    return key(line["method"], line["budget"], line["question_id"])
 
 
 def configuration(settings: Any, path: str, device: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -171,7 +131,7 @@ def sources() -> set[Path]:
     library, here = Path(vtc.__file__).parent, Path(__file__).parent
     folders = [*(library / room for room in (".", "core", "cache", "methods")), *map(Path, integrations.__path__)]
     harness = ("run", "folder", "reader", "benchmarks", "material", "scenes", "captions", "marking", "memory", "mis")
-    harness = (*harness, "album", "images", "suites", "suite_model", "arguments", "video")
+    harness = (*harness, "store", "album", "images", "suites", "suite_model", "arguments", "video")
     files = {file for folder in (*folders, here / "pages") for file in folder.glob("*.py")}
     return files | {here / f"{name}.py" for name in harness}
 
@@ -200,11 +160,37 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def open_folder(out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl") -> None:
-    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another."""
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Make `out`, and keep other processes out of it until the context ends, or this process does.
+
+    Raises BusyError where another one is at work there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(
+            f"another process is at work in {out}: wait until it is done, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_folder(
+    out: Path, config: dict[str, Any], restart: bool, results: str = "results.jsonl", parts: Sequence[Path] = ()
+) -> None:
+    """Make `out` the folder of the run `config`: new, the same run resumed, or with `restart` emptied of another.
+
+    `parts` are folders in it that hold what was found in parts of the other run.
+    """
     if check(out, config, restart, results):
         return
-    for file in [*out.glob(results), *(out / name for name in FINDINGS)]:
+    stale = [*out.glob(results), *(part / "results.jsonl" for part in parts)]
+    for file in [*stale, *(where / name for where in (out, *parts) for name in FINDINGS)]:
         file.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
@@ -217,22 +203,32 @@ def check(out: Path, config: dict[str, Any], restart: bool, results: str = "resu
     """
     if restart or not any(out.glob(results)):
         return False
-    settings = out / "config.json"
-    differing = differences(json.loads(settings.read_text()) if settings.exists() else {}, config)
-    if differing:
+    if differing := differences(read_config(out), config):
         raise OtherRunError(
-            f"{out} holds another run ({'; '.join(differing)}): "
-            "choose another --out to keep it, or delete it to start over (--restart does so)"
+            f"{out} holds another run ({'; '.join(differing)}): choose another --out to keep it, or {START_OVER}"
         )
     return True
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """What config.json in `out` says of its run; nothing where there is none. Raises DamagedError with the file."""
+    file = out / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        whole = all(isinstance(part, dict) for part in (config, *(config.get(name, {}) for name in NESTED)))
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise DamagedError(f"{file} is damaged, so that nobody knows whose {out} is: {START_OVER}")
+    return config
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two configurations do not have in common, in words; where a commit differs the sources need not."""
 
     def flat(config: dict[str, Any]) -> dict[str, Any]:
-        nested = {k: v for name in ("settings", "digests", "versions") for k, v in config.get(name, {}).items()}
-        return nested | {k: v for k, v in config.items() if k not in ("settings", "digests", "versions", "git_commit")}
+        nested = {k: v for name in NESTED for k, v in config.get(name, {}).items()}
+        return nested | {k: v for k, v in config.items() if k not in (*NESTED, "git_commit")}
 
     old, new = flat(old), flat(new)
     names = [name for name in {**new, **old} if json.dumps(old.get(name)) != json.dumps(new.get(name))]

@@ -97,7 +97,7 @@ def table(rows: list[Row]) -> Table:
         )
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         grid.add_row(
-            report.named(row),
+            report.named(row, rows),
             report.written(row["budget"]) + ("" if row["reachable"] else " *"),
             *(f"{row[name] / 1024:.1f}" for name in ("held", "read", "peak")),
             report.spread(report.shown(row), report.factor(row), ".1f"),

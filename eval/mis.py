@@ -8,7 +8,7 @@ full model is right on all that need it, by their choice: what a method loses th
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -51,13 +51,40 @@ def others(examples: Sequence[Example], seed: int) -> dict[str, Image]:
     Drawn among the questions of its task with another answer; where there are none among those with another answer, and
     then among all. Nothing where there is one question only.
     """
+    if len(examples) < 2:
+        return {}
+    by_task: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        by_task[example.task].append(example)
+    tasks = {task: (_Others(some, "answer"), _Others(some, "question_id")) for task, some in by_task.items()}
+    answers, questions = _Others(examples, "answer"), _Others(examples, "question_id")
     found: dict[str, Image] = {}
-    for example in examples if len(examples) > 1 else ():
-        rest = [other for other in examples if other.question_id != example.question_id]
-        unlike = [other for other in rest if other.answer != example.answer] or rest
-        akin = [other for other in unlike if other.task == example.task] or unlike
-        found[example.question_id] = Random(f"{seed}/{example.question_id}").choice(akin).image
+    for example in examples:
+        akin, same = tasks[example.task]
+        draw = Random(f"{seed}/{example.question_id}")
+        others = (of.drawn(example, draw) for of in (akin, answers, same, questions))
+        found[example.question_id] = next(other.image for other in others if other is not None)
     return found
+
+
+class _Others:
+    """Examples to draw from, but those that have one thing in common with the one that they are drawn for."""
+
+    def __init__(self, examples: Sequence[Example], what: str):
+        self.examples, self.what = examples, what
+        self.places: dict[str, list[int]] = defaultdict(list)
+        for place, example in enumerate(examples):
+            self.places[getattr(example, what)].append(place)
+
+    def drawn(self, example: Example, draw: Random) -> Example | None:
+        """What `draw.choice` takes of a list of them, without the list; None, and nothing drawn, where none is left."""
+        places = self.places[getattr(example, self.what)]
+        if len(places) == len(self.examples):
+            return None
+        place = draw.choice(range(len(self.examples) - len(places)))
+        for taken in places:
+            place += taken <= place
+        return self.examples[place]
 
 
 def needs_image(full: Line, blind: Line) -> bool:

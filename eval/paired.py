@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from vtc.eval import report
-from vtc.eval.folder import Store
 from vtc.eval.rows import Line
+from vtc.eval.store import Store
 from vtc.stage import Budget
 
 if TYPE_CHECKING:

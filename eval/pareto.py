@@ -21,6 +21,7 @@ from rich.console import Console
 
 from vtc.adapter import find
 from vtc.budget import counts
+from vtc.cli.terminal import errors_in_a_line
 from vtc.eval import benchmarks, memory, report, run
 from vtc.eval.reader import load, model_path
 from vtc.eval.rows import Row
@@ -84,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_a_line():
+        main()

@@ -13,12 +13,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from vtc.cli.terminal import errors_in_a_line
 from vtc.eval import choose, progress
 from vtc.eval.album import FULL, Candidate
-from vtc.eval.folder import Store
 from vtc.eval.mis import SWAPPED
 from vtc.eval.rows import Line
 from vtc.eval.run import SMALLER
+from vtc.eval.store import Store
 
 Agreements = Mapping[Candidate, np.ndarray]
 """(questions,) bool of each candidate: whether it answers as the full model does."""
@@ -113,4 +114,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    with errors_in_a_line():
+        app()

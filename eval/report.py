@@ -145,11 +145,26 @@ def written(budget: Budget) -> str:
     return str(budget) if isinstance(budget, int) else f"{100 * budget:g}%"
 
 
-def named(row: Row) -> str:
-    """A row's method, of a file its name alone, marked where it saves nothing before the first token."""
-    method = row["method"]
+def named(row: Row, rows: Sequence[Row] = ()) -> str:
+    """A row's method, marked where it saves nothing before the first token.
+
+    Of a file its name alone, or with as many of its folders as tell it from the methods of the other `rows`.
+    """
     mark = " †" if row.get("after_prefill") else " ‡" if row.get("holds_all") else ""
-    return (Path(method).stem if method.endswith(".json") else method) + mark
+    return _short(row["method"], {other["method"] for other in rows} - {row["method"]}) + mark
+
+
+def _short(method: str, others: Iterable[str]) -> str:
+    if not method.endswith(".json"):
+        return method
+    parts, taken = _parts(method), [_parts(other) for other in others]
+    counts = range(1, len(parts) + 1)
+    alone = (n for n in counts if all(parts[-n:] != other[-n:] for other in taken))
+    return str(Path(*parts[-count:])) if (count := next(alone, None)) else method
+
+
+def _parts(method: str) -> tuple[str, ...]:
+    return Path(method.removesuffix(".json")).parts
 
 
 def footnote(rows: Sequence[Row]) -> list[str]:
@@ -179,7 +194,7 @@ def table(rows: list[Row]) -> Table:
         grid.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         grid.add_row(
-            named(row),
+            named(row, rows),
             written(row["budget"]) + ("" if row["reachable"] else " *"),
             f"{row['tokens']:.1f}",
             spread(shown(row), factor(row), ".1f"),
@@ -202,18 +217,39 @@ def spread(found: Estimate | None, times: int, form: str) -> str:
     return f"{times * found.value:{form}} ± {times / 2 * (found.high - found.low):.1f}"
 
 
-def task_table(rows: list[Row]) -> Table:
-    """Accuracy by task, a line a row."""
+def task_tables(rows: list[Row], width: int) -> list[Table]:
+    """Accuracy by task, a line a task: as many methods and budgets beside each other as fit into `width` columns."""
     from rich.table import Table
 
     tasks = list(rows[0]["by_task"])
-    grid = Table(title="accuracy by task, in percent")
-    for name in ("method", "budget", *tasks):
-        grid.add_column(name, justify="left" if name == "method" else "right")
+    first = max(map(len, ("task", *tasks))) + EDGES + 1
+    groups: list[list[Row]] = []
+    left = 0
     for row in rows:
-        budget = written(row["budget"]) + ("" if row["reachable"] else " *")
-        grid.add_row(row["method"], budget, *(f"{100 * row['by_task'][task]:.1f}" for task in tasks))
-    return grid
+        taken = min(WIDEST, max(len("100.0"), *map(len, _head(row, rows).split("\n")))) + EDGES
+        if not groups or taken > left:
+            groups.append([])
+            left = width - first
+        groups[-1].append(row)
+        left -= taken
+    grids = []
+    for group in groups:
+        grids.append(grid := Table("task", title="accuracy by task, in percent"))
+        for row in group:
+            grid.add_column(_head(row, rows), justify="right", max_width=WIDEST, overflow="fold")
+        for task in tasks:
+            grid.add_row(task, *(f"{100 * row['by_task'][task]:.1f}" for row in group))
+    return grids
+
+
+def _head(row: Row, rows: list[Row]) -> str:
+    return f"{named(row, rows)}\n{written(row['budget'])}{'' if row['reachable'] else ' *'}"
+
+
+WIDEST = 24
+"""Columns of the terminal for a method's name."""
+EDGES = 3
+"""Columns that a cell takes beside what stands in it."""
 
 
 def metrics_table(rows: list[Row]) -> Table:
@@ -262,7 +298,7 @@ def picture(
         i = order.index(method)  # a method's colour does not depend on how it did
         _draw_curve(
             axes,
-            method,
+            named(points[0], rows),
             points,
             always["full"],
             COLOURS[i % len(COLOURS)],
@@ -322,7 +358,7 @@ def _draw_grey(axes: Any, points: list[Row]) -> None:
     )
 
 
-def _draw_curve(axes: Any, method: str, points: list[Row], full: Row, colour: str, marker: str) -> None:
+def _draw_curve(axes: Any, name: str, points: list[Row], full: Row, colour: str, marker: str) -> None:
     # every method at a budget of 1 is the full model: the curve ends there
     ends = points if points[-1]["tokens"] >= full["tokens"] else [*points, full]
     x = [row["tokens"] for row in ends]
@@ -334,7 +370,7 @@ def _draw_curve(axes: Any, method: str, points: list[Row], full: Row, colour: st
             row["tokens"], shown(row).value, marker, color=colour, markersize=7, markeredgewidth=1.6, zorder=4,
             markerfacecolor=colour if row["reachable"] else "white",
         )  # fmt: skip
-    axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=named(points[0]))
+    axes.plot([], [], marker=marker, color=colour, linewidth=1.8, label=name)
 
 
 def _dress(axes: Any, rows: list[Row], title: str, axis: str, hollow: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ from torch import Tensor
 import vtc
 from vtc.adapter import find
 from vtc.eval import benchmarks, folder, marking, memory, mis, progress, report
-from vtc.eval.folder import Store
 from vtc.eval.memory import Spent
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line, Row
+from vtc.eval.store import Store, key
 from vtc.methods import check_names
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
@@ -67,7 +68,7 @@ class Arm:
     """The method as it was when the run began: its file may be written anew while it goes on."""
 
     def key(self, question_id: str) -> str:
-        return folder.key(self.method, self.budget, question_id)
+        return key(self.method, self.budget, question_id)
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def evaluate(
     """Run what is missing of `settings` in the folder `out`, write the summaries, the configuration and the pictures.
 
     With `dry_run` it writes nothing and ends when `out` is known to be free, or this run's, and every arm answered one
-    question. With `bar` stderr shows how far it is. `shared` stands for what would be loaded by `settings`.
-    `per` "bytes" also writes bytes.json, the rows with their bytes, and bytes.png: the same runs over another axis.
+    question. With `bar` stderr shows how far it is. `shared` stands for what would be loaded by `settings`; who gives
+    it keeps others out of `out`. `per` "bytes" also writes bytes.json, the rows with their bytes, and bytes.png: the
+    same runs over another axis.
 
     Returns the summary rows, of a dry run none. Raises ValueError for unknown methods and benchmarks and for a
-    folder that holds another run.
+    folder that holds another run, or that another process is at work in.
     """
     _check(settings)
     benchmark = benchmarks.find(settings.benchmark)
@@ -107,7 +109,16 @@ def evaluate(
         folder.check(out, config, restart)
         plan(reader, settings, benchmark.example("test", settings.seed, 0))
         return []
-    folder.open_folder(out, config, restart)
+    with nullcontext() if shared else folder.alone(out):
+        folder.open_folder(out, config, restart)
+        arms, groups = _ask(settings, out, reader, benchmark, bar, shared)
+        return _write(settings, out, arms, groups, benchmark, per)
+
+
+def _ask(
+    settings: Settings, out: Path, reader: Reader, benchmark: Any, bar: bool, shared: Shared | None
+) -> tuple[list[Arm], list[Group]]:
+    """Ask what is missing; gives all arms, and of each the lines of all questions."""
     store: Store[Line] = Store(out / "results.jsonl")
     if shared:
         store.lines = {**shared.lines, **store.lines}
@@ -124,22 +135,29 @@ def evaluate(
     for arm in arms:
         lines = [store.lines[arm.key(example.question_id)] for example in examples]
         groups.append((arm.method, arm.budget, not any(line["at_floor"] for line in lines), lines))
+    return arms, groups
+
+
+def _write(
+    settings: Settings, out: Path, arms: Sequence[Arm], groups: Sequence[Group], benchmark: Any, per: str
+) -> list[Row]:
+    """The summaries and the pictures; gives the summary rows."""
     rows, needing = (
         report.summarise([g for g in groups if g[0] != mis.SWAPPED], settings.seed),
         mis.needing(groups, settings.seed),
     )
-    memory.mark([*rows, *needing["rows"]])
+    memory.mark([*rows, *needing["rows"]], {arm.method: arm.found for arm in arms if arm.found})
     write_json(out / "needs-image.json", needing)
     measure = getattr(benchmark, "MEASURE", "accuracy")
     title = f"{settings.model}: {measure} over {{}} questions of {settings.benchmark}"
-    report.picture(rows, out / "curve.png", title.format(len(examples)))
+    report.picture(rows, out / "curve.png", title.format(rows[0]["n"]))
     if needing["rows"]:
         few = f"{title} that need the image".format(needing["needing"])
         report.picture(needing["rows"], out / "needs-image.png", few)
     if per == "bytes":
         priced = memory.priced(rows, groups)
         write_json(out / "bytes.json", priced)
-        report.picture(priced, out / "bytes.png", title.format(len(examples)), per="bytes")
+        report.picture(priced, out / "bytes.png", title.format(rows[0]["n"]), per="bytes")
     write_json(out / "summary.json", rows)  # last: where it is, the run is whole
     return rows
 

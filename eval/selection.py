@@ -14,6 +14,7 @@ from rich.table import Table
 import vtc
 from vtc.eval import shapes
 from vtc.eval.bench import OWN, Case, Ends, Parts, Step, dress, stack, take_turns
+from vtc.methods.compose import with_budget
 
 BOUND = 0.03
 """The share of the unpruned prefill that a choice should stay below."""
@@ -37,16 +38,22 @@ class Row(TypedDict):
 
 
 def arms(
-    model: torch.nn.Module, methods: Sequence[str], budgets: Sequence[vtc.Budget], said: Callable[[str], None]
+    model: torch.nn.Module,
+    methods: Sequence[str],
+    budgets: Sequence[vtc.Budget],
+    said: Callable[[str], None],
+    named: bool = False,
 ) -> list[tuple[str, vtc.Budget]]:
     """(method, budget) of each; "all" stands for all methods that this model takes, the others are `said` with why.
 
-    Where "all" has a method whose floor is above a budget, it runs at its floor, which is said, too.
+    Where "all" has a method whose floor is above a budget, it runs at its floor, which is said, too. With `named` a
+    file that names a budget is run at that one.
     """
     found: dict[tuple[str, vtc.Budget], None] = {}
     for method in methods:
         for name in vtc.list_methods() if method == "all" else [method]:
-            for budget in budgets:
+            own = with_budget(name)[1] if named else None
+            for budget in budgets if own is None else (own,):
                 try:
                     with vtc.compressed(model, name, budget):
                         found[name, budget] = None
@@ -106,7 +113,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
     caption = (
         f"of the prefill: of {1e3 * rows[0]['prefill']:.0f} ms, the unpruned decoder's; in brackets over the rounds"
     )
-    grid = Table("method", "tokens", *(f"{part}, ms" for part in OWN), "of the prefill", title=title, caption=caption)
+    grid = Table(title=title, caption=caption)
+    for name in ("method", "tokens", *(f"{part}, ms" for part in OWN), "of the prefill"):
+        grid.add_column(name, overflow="fold", no_wrap=name == "of the prefill")
     for row in rows:
         low, high = row["range"]
         own = (f"{1e3 * row['own'][part]:.2f}" for part in OWN)

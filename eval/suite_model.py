@@ -38,9 +38,9 @@ from torch.nn.utils.rnn import pad_sequence
 import vtc
 from vtc.eval import arguments, progress, video
 from vtc.eval.cost import kv_bytes
-from vtc.eval.folder import Store, key_of
 from vtc.eval.reader import Chat, load, model_path, pick_device
 from vtc.eval.rows import Asked, Reply
+from vtc.eval.store import Store, key_of
 from vtc.eval.video import Video
 
 
@@ -92,7 +92,7 @@ class Vtc(lmms):
     Args:
         pretrained: "reference", "reference-pages", a model folder or a hub id.
         method: a name, a JSON file of `vtc tune`, or a `vtc.Method`.
-        budget: as `vtc.wrap` takes it, or "25%"; a budget without a method is an error.
+        budget: as `vtc.wrap` takes it, or "25%"; unless given that of a file of `vtc choose`. Alone it is an error.
         device: "auto", "cpu", "cuda", ...; with several processes each takes its own.
         device_map: as transformers takes it, "auto" for a model that is larger than one GPU.
         dtype, attn_implementation, revision: as `from_pretrained` takes them.
@@ -129,7 +129,7 @@ class Vtc(lmms):
             raise ValueError(f"a budget of {budget} needs a method: method=vtc-cls, for example")
         if method is None and given:
             raise TypeError(f"{', '.join(given)}: neither an argument of vtc nor, without a method, a hyper-parameter")
-        arm = FULL if method is None else (arguments.method(method, given), arguments.budget(budget))
+        arm = FULL if method is None else (arguments.method(method, given), arguments.budget(budget, method))
         device = pick_device(device or "auto")
         self.accelerator = Accelerator(cpu=device == "cpu" and not is_initialized())  # lmms-eval's command made one
         several = self.accelerator.num_processes > 1
@@ -491,7 +491,8 @@ def folder_name(model_args: str) -> str:
     given = simple_parse_args_string(model_args)
     method = [Path(given["method"]).stem] if "method" in given else []
     hyper = [f"{name}={value}" for name, value in given.items() if name not in inspect.signature(Vtc).parameters]
-    budget = [str(given["budget"])] if "budget" in given else []
+    spend = given.get("budget", arguments.budget(None, given.get("method")))
+    budget = [] if spend is None else [str(spend)]
     return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *hyper, *budget])
 
 

@@ -14,7 +14,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import vtc
 from vtc.eval import folder, marking, measure, memory, mis, published, report, run
-from vtc.eval.folder import Store
 from vtc.eval.reader import model_path, pick_device
 from vtc.eval.rows import Group, Line, Reply, Row
 from vtc.eval.run import Arm
+from vtc.eval.store import Store
 from vtc.install import install_line
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
@@ -86,8 +86,8 @@ def evaluate(
     Returns the summary rows of each task; nothing from a dry run or in any process but the first.
 
     Raises:
-        ValueError: unknown methods or tasks; a task that lacks a package or a judge's key; a folder of another run; in
-            the end, for what could not be asked or scored, with its own error.
+        ValueError: unknown methods or tasks; a task that lacks a package or a judge's key; a folder of another run, or
+            that another process is at work in; in the end, for what could not be asked or scored, with its own error.
         ImportError: lmms-eval is missing, or cannot be imported.
     """
     _check(settings)
@@ -105,10 +105,23 @@ def evaluate(
     arms = plan(lm, settings, tasks)
     if dry_run or not tasks:
         _raise(failures)
-    if lm.accelerator.is_main_process:
-        _open(settings, out, restart, lm, tasks, dry_run)
-    if dry_run:
-        return {}
+    main = lm.accelerator.is_main_process
+    with folder.alone(out) if main and not dry_run else nullcontext():
+        if main:
+            _open(settings, out, restart, lm, tasks, dry_run)
+        return {} if dry_run else _evaluate_tasks(lm, settings, tasks, arms, out, failures, show)
+
+
+def _evaluate_tasks(
+    lm: Vtc,
+    settings: Settings,
+    tasks: dict[str, Task],
+    arms: list[Arm],
+    out: Path,
+    failures: dict[str, str],
+    show: Callable[[str, list[Row]], None],
+) -> dict[str, list[Row]]:
+    """The rows of each task, in the first process; it raises in the end what failed."""
     lm.accelerator.wait_for_everyone()
     lm.replies = _replies(out, lm.accelerator.process_index)
     done = {}
@@ -162,14 +175,18 @@ def _check(settings: Settings) -> None:
 def _open(settings: Settings, out: Path, restart: bool, lm: Vtc, tasks: dict[str, Task], dry_run: bool) -> None:
     """Make `out` this run's folder, or see with `dry_run` whether it can be. A run with a higher limit goes on: it is
     the same one up to the old limit."""
-    file, there = out / "config.json", settings.limit
-    if file.exists() and not restart:
-        there = json.loads(file.read_text()).get("settings", {}).get("limit", there)
+    file, there, replies = out / "config.json", settings.limit, REPLIES.format("*")
+    if not restart:
+        there = folder.read_config(out).get("settings", {}).get("limit", there)
     more = there is not None and (settings.limit is None or settings.limit > there)
     as_it_was = replace(settings, limit=there) if more else settings
-    open_folder = folder.check if dry_run else folder.open_folder
-    open_folder(out, _configuration(as_it_was, lm, tasks), restart, REPLIES.format("*"))
-    if more and not dry_run:
+    config = _configuration(as_it_was, lm, tasks)
+    if dry_run:
+        folder.check(out, config, restart, replies)
+        return
+    parts = [part for part in out.glob("*/") if not (part / "config.json").exists()]  # else a run of its own
+    folder.open_folder(out, config, restart, replies, parts)
+    if more:
         write_json(file, _configuration(settings, lm, tasks))
 
 
@@ -371,7 +388,7 @@ def _write(
     ]
     own = measure.own_metric(task, samples, settings.seed)
     rows = report.summarise(groups, settings.seed, own)
-    memory.mark(rows, settings.named)
+    memory.mark(rows, {arm.method: arm.found for arm in arms if arm.found})
     for row, results, asked in zip(rows, found, samples, strict=True):
         row["metrics"] = measure.metrics(task, asked) if unread else _metrics(results["results"][name])
     where.mkdir(parents=True, exist_ok=True)
@@ -427,8 +444,11 @@ def _prediction(sample: dict[str, Any]) -> str:
 
 
 def _score(task: Task, sample: dict[str, Any]) -> float | None:
-    """What the task's first metric that knows single questions gave this one, 0 to 1; None where none does."""
-    for metric in task.higher_is_better():
+    """What the first metric of the task that knows single questions gave this one, 0 to 1; None where none does.
+
+    Metrics of which less is better, such as error rates, are passed over.
+    """
+    for metric in (name for name, better in task.higher_is_better().items() if better):
         value = sample.get(metric)
         value = value.get("score") if isinstance(value, dict) else value
         if isinstance(value, Real):

@@ -17,17 +17,17 @@ from rich.console import Console
 
 import vtc
 from vtc.eval import benchmarks, folder, memory, mis, report, run
-from vtc.eval.folder import DamagedError, OtherRunError, Store
+from vtc.eval.folder import LOCK, OtherRunError
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line
 from vtc.eval.run import Shared
+from vtc.eval.store import DamagedError, Store
 from vtc.methods.compose import with_budget
 from vtc.methods.overview import overview
 from vtc.stage import write_json
 
 BASE = "always"
 """The folder of what every method is compared with: no method at all."""
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)

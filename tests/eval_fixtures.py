@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -125,6 +126,19 @@ def run_vtc(*arguments: object) -> subprocess.CompletedProcess[str]:
         finally:
             logging.set_verbosity(verbosity)
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder that another process is at work in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = str(folder / ".lock")
+    code = f"from filelock import FileLock\nwith FileLock({lock!r}): print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        yield
+        other.communicate("\n")
 
 
 def read_lines(folder: Path) -> list[dict]:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import held, read_lines, run_vtc, start_vtc, tiny  # noqa: F401 (a fixture)
 from PIL import Image
 
 import vtc
@@ -355,6 +355,29 @@ def test_another_promise_goes_on_with_the_answers_that_are_there(chosen, photos,
     evidence = json.loads((out / "choice.json").read_text())["evidence"]
     assert (evidence["agree"], evidence["tried"]) == (0.4, [0.5])  # several promises on the same images: it is said
     assert "tried here before: 0.5" in done.stderr
+
+
+def test_other_budgets_go_on_with_the_answers_that_are_there(photos, tiny, tmp_path):  # noqa: F811
+    file, out = tmp_path / "mine.json", tmp_path / "out"
+    vtc.FastV(layer=1).to_json(file)
+    first = choose.Settings(str(photos), str(tiny), None, 0.1, (str(file),), (1.0,), max_new_tokens=2, device="cpu")
+    choose.run(first, out)
+    before = (out / "results.jsonl").read_bytes()
+    verdict, _ = choose.run(replace(first, budgets=(0.75, 0.5)), out)
+    assert (out / "results.jsonl").read_bytes().startswith(before)
+    assert verdict.tried == [0.1]  # of the same images: it is said
+    choose.run(replace(first, budgets=(1.0, 0.75, 0.5)), out)
+    vtc.FastV(layer=2).to_json(file)
+    with pytest.raises(ValueError, match=r"another run \(method .*mine\.json at 0\.5 \w+ there, \w+ here\)"):
+        choose.run(replace(first, budgets=(0.5, 0.6)), out)
+
+
+def test_a_folder_that_another_process_chooses_in_is_left_to_it(photos, tiny, tmp_path):  # noqa: F811
+    with held(tmp_path / "out"):
+        done = choose_on(photos, tiny, tmp_path / "out", "--agree", 0.5)
+    assert done.returncode == 1
+    assert "error: another process is at work in" in done.stderr
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_nothing_to_prune_is_a_file_that_prunes_nothing(photos, tiny, tmp_path):  # noqa: F811

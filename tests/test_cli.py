@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -162,12 +163,42 @@ def test_every_option_is_read(command):
         ("serve --adapt 0.5,0.25 --budget 0.25", "--budget: --adapt names the budgets"),
         ("throughput --budget 64", "use a fraction up to 0.5"),
         ("throughput --budget 51%", "use a fraction up to 0.5"),
+        ("load --clients a", "'a' is no count: use whole numbers from 1 on"),
+        ("load --clients 4,0", "'0' is no count: use whole numbers from 1 on"),
+        ("load --rates 0", "'0' are no rates: use numbers above 0"),
+        ("load --rates 1,x", "'1,x' are no rates: use numbers above 0"),
+        ("load --rates inf", "'inf' are no rates: use numbers above 0"),
+        ("load --rates nan", "'nan' are no rates: use numbers above 0"),
+        ("eval --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("compare . vtc-cls --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("table --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("tune --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
+        ("layers --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0"),
     ],
 )
 def test_what_a_command_would_not_read_is_refused(words, message):
     done = CliRunner().invoke(cli.app, words.split(), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
     assert done.exit_code == 2
     assert message in done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("layers", "file", "file is a file where a folder is to be: choose another --out"),
+        ("faithfulness", "file/in/it", "file is a file where a folder is to be: choose another --out"),
+        ("tune", ".", " is a folder: name a file in it with --out"),
+        ("fit", "file/fitted.json", "file is a file where a folder is to be: choose another --out"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch, command, out, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("vtc.eval.reader.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    done = run_vtc(command, "--out", tmp_path / out)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_one_device_for_several_processes_is_refused():
@@ -247,6 +278,20 @@ def test_errors_are_one_line(tiny, picture, options, code, message):  # noqa: F8
     assert "Traceback" not in done.stderr
     if code == 1:
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy's, of a module that others have imported
+@pytest.mark.parametrize("name", ["promise", "pareto"])
+def test_errors_of_the_modules_that_are_run_are_one_line_too(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "config.json").write_text("{")
+    words = {"promise": [tmp_path], "pareto": ["--model", tmp_path / "none", "--out", tmp_path / "out"]}[name]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"vtc.eval.{name}", run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 1
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
 
 
 def test_a_file_that_is_no_image(tiny):  # noqa: F811

@@ -1,6 +1,7 @@
 """The harness: what a run writes, and that one which is killed loses and doubles nothing."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from eval_fixtures import command, read_lines, tiny  # noqa: F401 (a fixture)
+from eval_fixtures import command, held, read_lines, tiny  # noqa: F401 (a fixture)
 from huggingface_hub.errors import RepositoryNotFoundError
 from models import FAMILIES, batch, rows, visual
 from PIL import Image
@@ -305,6 +306,15 @@ def test_a_dry_run_looks_at_the_folder_and_leaves_it(finished, settings, tmp_pat
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("damage", ["", "[]", '{"settings": 3}', "{", "\0\udcff"])
+def test_a_damaged_configuration_is_named(finished, settings, tmp_path, damage):
+    out = copy_of(finished, tmp_path)
+    (out / "config.json").write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(folder.DamagedError, match=r"config\.json is damaged, .*: delete it to start over"):
+        folder.check(out, {"settings": {}}, restart=False)
+    assert folder.check(out, {"settings": {}}, restart=True) is False
+
+
 def test_restart_throws_the_other_run_away(finished, settings, tmp_path):
     out = copy_of(finished, tmp_path)
     few = replace(settings, methods=("uniform",), budgets=(0.5,), limit=2)
@@ -329,6 +339,57 @@ def test_reading_the_results_of_a_run_that_goes_on_cuts_nothing(tmp_path):
     assert file.read_text() == torn
     store.add([{**line, "question_id": "caf\udce9.png"}])  # of a file whose name is no UTF-8
     assert list(folder.Store(file).lines.values()) == [line, {**line, "question_id": "caf\udce9.png"}]
+
+
+def test_a_write_that_fails_half_way_damages_nothing(tmp_path, monkeypatch):
+    """As on a full disk, which has room again later."""
+    store, lines = folder.Store(tmp_path / "results.jsonl"), [asked_line(number) for number in range(4)]
+    store.add(lines[:1])
+    fsync = os.fsync
+
+    def full(file):
+        os.ftruncate(file, os.fstat(file).st_size - 5)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        store.add(lines[1:3])
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert list(folder.Store(store.path).lines.values()) == lines[:2]  # what is torn is no line
+    store.add(lines[3:])
+    assert list(folder.Store(store.path).lines.values()) == [lines[0], lines[3]]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, number):
+    store = folder.Store(tmp_path / "results.jsonl")
+    with pytest.raises(ValueError, match=r"a at 1\.0 has no finite number for question 1"):
+        store.add([asked_line(0), {**asked_line(1), "tokens": number}])
+    assert not store.path.exists()
+    assert store.lines == {}
+
+
+def asked_line(number):
+    return {"method": "a", "budget": 1.0, "question_id": str(number)}
+
+
+def test_a_folder_has_one_process_at_a_time(finished, settings, tmp_path):
+    out = copy_of(finished, tmp_path)
+    before = (out / "results.jsonl").read_bytes()
+    with held(out):
+        for restart in (False, True):
+            with pytest.raises(folder.BusyError, match=r"another process is at work in .*run: wait .* another --out"):
+                run.evaluate(settings, out, restart)
+        assert (out / "results.jsonl").read_bytes() == before
+    assert run.evaluate(settings, out) == list(finished[1].values())
+
+
+def test_a_method_whose_file_is_gone_at_the_end_costs_nothing(settings, tmp_path, monkeypatch):
+    vtc.list_methods()["random-kv"]().to_json(file := tmp_path / "late.json")
+    batches = run._batches
+    monkeypatch.setattr(run, "_batches", lambda *given: file.unlink() or batches(*given))
+    rows = run.evaluate(replace(settings, methods=(str(file),), budgets=(0.5,), limit=2), tmp_path / "run")
+    assert rows[-1]["after_prefill"] is True
 
 
 def test_one_token_and_all_tokens_are_two_budgets():

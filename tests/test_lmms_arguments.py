@@ -131,6 +131,17 @@ def test_tuned_methods_take_hyper_parameters_too(tmp_path):
     assert (found.alpha, found.threshold) == (0.5, 3.0)
 
 
+def test_a_file_is_run_at_its_own_budget_unless_another_is_given(data, tmp_path):
+    vtc.FastV(layer=3).to_json(file := tmp_path / "choice.json", 0.5)
+    for more, budget in (("", 0.5), (",budget=75%", 0.75), (",layer=2", 0.5)):
+        asked = f"pretrained=reference,method={file}{more}"
+        lm = Vtc.create_from_arg_string(asked, {"device": "cpu"})
+        assert (lm.reader.model.vtc.compression.budget, lm.arm[1]) == (budget, budget)
+    assert folder_name(f"pretrained=reference,method={file}").endswith("__choice__0.5")
+    assert folder_name(f"pretrained=reference,method={file},budget=75%").endswith("__choice__75%")
+    assert folder_name("pretrained=reference,method=fastv").endswith("__fastv")
+
+
 # -- lmms-eval's own switches ---------------------------------------------------------------------------------------
 
 

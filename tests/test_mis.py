@@ -1,6 +1,8 @@
 """Which questions need the image: whose image is shown instead, who counts, and what a run says of it."""
 
 import json
+from dataclasses import replace
+from random import Random
 
 import pytest
 from eval_fixtures import read_lines, run_vtc, tiny  # noqa: F401 (a fixture)
@@ -33,6 +35,46 @@ def test_another_image_where_there_is_little_choice():
     same_answer = [example(0, "a", "x"), example(1, "a", "x")]
     assert shown(same_answer) == {"0": 1, "1": 0}
     assert shown(same_answer[:1]) == {}
+
+
+def slowly(examples, seed):
+    """By its definition: all that may be shown are looked at for each question."""
+    found = {}
+    for one in examples:
+        rest = [other for other in examples if other.question_id != one.question_id]
+        unlike = [other for other in rest if other.answer != one.answer] or rest
+        akin = [other for other in unlike if other.task == one.task] or unlike
+        drawn = Random(f"{seed}/{one.question_id}").choice(akin)
+        found[one.question_id] = drawn.image.getpixel((0, 0))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_image_is_drawn_of_all_that_may_be_shown(seed):
+    rng = Random(seed)
+    tasks, answers = ["abcd"[: rng.randint(1, 4)] for _ in "ab"]
+    examples = [example(i, rng.choice(tasks), rng.choice(answers)) for i in range(rng.randint(2, 40))]
+    assert shown(examples, seed) == slowly(examples, seed)
+
+
+def test_not_every_answer_is_compared_with_every_other():
+    compared = []
+
+    class Answer(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+        def __ne__(self, other):
+            compared.append(other)
+            return str.__ne__(self, other)
+
+    examples = [example(i % 256, "ab"[i % 2], Answer(i % 5)) for i in range(300)]
+    examples = [replace(one, question_id=str(i)) for i, one in enumerate(examples)]
+    assert len(mis.others(examples, seed=0)) == 300
+    assert len(compared) < 10 * 300
 
 
 def line(correct, task="a", agrees=True, tokens=4.0):

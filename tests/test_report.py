@@ -1,9 +1,11 @@
 """Marks, intervals and summaries of a run, by hand."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from vtc.eval import marking, report, run
 
@@ -76,6 +78,33 @@ def test_summary_by_hand():
         assert row["versus_random"] is None
         assert row["versus_random_low"] is None
     json.dumps(rows, allow_nan=False)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    methods = ("out/p1/choice.json", "out/p2/choice.json", "tuned.json", "uniform", "uniform.json")
+    rows = [{"method": method} for method in methods]
+    assert [report.named(row, rows) for row in rows] == ["p1/choice", "p2/choice", "tuned", "uniform", "uniform.json"]
+    assert report.named({"method": "a/x/b.json"}, [{"method": "c/x/b.json"}, *rows]) == "a/x/b"
+    summary = report.summarise([group(method, 0.5, [1, 0], tokens=9.0) for method in methods[:2]], seed=0)
+    shown = [str(cell) for cell in report.table(summary).columns[0].cells]
+    assert shown == ["p1/choice", "p2/choice"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_every_number_by_task_is_whole(width):
+    names = ("full", "blind", "tally-adaptive", "a" * 40, *(f"method-{n}" for n in range(9)))
+    marks = {f"a task of name {n}": (n + 1) / 9 for n in range(9)}
+    rows = [
+        {"method": name, "budget": 0.25, "reachable": True, "by_task": {task: x for task, x in marks.items()}}
+        for name in names
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(*report.task_tables(rows, width))
+    text = console.export_text()
+    for share in marks.values():
+        assert text.count(f" {100 * share:.1f} ") == len(names)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_one_token_is_not_all_tokens():

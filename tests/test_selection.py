@@ -1,11 +1,13 @@
 """The benchmark of what a choice costs: which methods it takes, and that its figures are those of the traces."""
 
+import io
 import json
 
 import pytest
 import torch
-from eval_fixtures import tiny  # noqa: F401
+from eval_fixtures import run_vtc, tiny  # noqa: F401
 from models import FAMILIES, llava
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vtc
@@ -27,6 +29,26 @@ def test_all_takes_what_the_model_takes_and_says_what_it_leaves_out():
     assert "vtc" not in vars(model)
     with pytest.raises(ValueError, match="trained for one model"):
         selection.arms(model, ["atp"], [9], said.append)
+
+
+def test_a_file_is_run_at_its_own_budget_unless_another_is_typed(tiny, tmp_path):  # noqa: F811
+    vtc.Uniform().to_json(file := tmp_path / "choice.json", 0.5)
+    for command in ("selection", "bench"):
+        for more, budgets in (((), [0.5]), (("--budgets", "4,8"), [4, 8])):
+            asked = ("--model", tiny, "--methods", file, "--batch", 1, "--rounds", 1, "--out", tmp_path)
+            done = run_vtc(command, *asked, *more)
+            assert done.returncode == 0, done.stderr
+            rows = json.loads((tmp_path / f"{command}.json").read_text())["rows"]
+            assert sorted(row["budget"] for row in rows) == budgets
+
+
+def test_the_range_is_whole_at_80_columns():
+    own = dict.fromkeys(("score", "select", "compact"), 0.1)
+    row = {"method": "a-method-of-a-long-name", "tokens": 64.0, "own": own, "prefill": 1.0, "share": 1.2345}
+    rows = [{**row, "range": (1.1111, 1.2222)}]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(selection.table(rows, "t"))
+    assert "123.45% (111.11%–122.22%)" in console.export_text()
 
 
 def test_shares_are_of_the_unpruned_prefill():

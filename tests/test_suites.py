@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import get_type_hints
 
 import pytest
-from eval_fixtures import read_lines
+from eval_fixtures import held, read_lines
 from PIL import Image
 from suite_fixtures import LIMIT, SETTINGS, TASKS, data, evaluated, model, start, swept, torchrun  # noqa: F401 (fixtures)
 
@@ -121,6 +121,29 @@ def test_a_finished_run_asks_nothing_and_another_is_refused(swept, tmp_path, mon
     before = (out / "config.json").read_bytes()
     assert suites.evaluate(replace(SETTINGS, limit=8), out, dry_run=True) == {}  # it would go on, and has not
     assert (out / "config.json").read_bytes() == before
+
+
+def test_restart_throws_away_the_tasks_of_the_other_run(swept, tmp_path, monkeypatch):
+    out = copy_of(swept, tmp_path)
+    for name in ("pope", "own"):
+        (out / name).mkdir()
+        for file in ("results.jsonl", "summary.json", "curve.png", "mine.txt"):
+            (out / name / file).write_text("{}\n")
+    (out / "own" / "config.json").write_text("{}\n")  # another run, whose folder happens to lie here
+    monkeypatch.setattr(suites, "_evaluate_tasks", lambda *_: {})
+    suites.evaluate(replace(SETTINGS, tasks=("vtc_scenes",)), out, restart=True)
+    assert [file.name for file in (out / "pope").iterdir()] == ["mine.txt"]
+    assert len(list((out / "own").iterdir())) == 5
+    (out / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        suites.evaluate(replace(SETTINGS, tasks=("vtc_scenes",)), out, dry_run=True)
+
+
+def test_a_sweep_keeps_its_folder_to_itself(swept, tmp_path):
+    out = copy_of(swept, tmp_path)
+    with held(out), pytest.raises(ValueError, match="another process is at work in"):
+        suites.evaluate(SETTINGS, out, restart=True)
+    assert (out / "replies-0.jsonl").read_bytes() == (swept[0] / "replies-0.jsonl").read_bytes()
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

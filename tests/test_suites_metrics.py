@@ -86,6 +86,16 @@ def test_the_pairs_of_mme_are_drawn_together():
     assert own.draws.std() == pytest.approx(spread, rel=0.25)
 
 
+def test_what_is_better_when_lower_is_no_accuracy():
+    def task(**better):
+        return type("Rated", (Task,), {"higher_is_better": lambda self: better})("rated", {})
+
+    given = {"wer": 0.75, "bleu": 0.5, "halved": {"score": 0.25}}
+    assert suites._score(task(wer=False, bleu=True), given) == 0.5
+    assert suites._score(task(wer=False, other=True, halved=True), given) == 0.25
+    assert suites._score(task(wer=False), given) is None
+
+
 # -- tasks that score in the aggregate only -------------------------------------------------------------------------
 
 

@@ -6,8 +6,6 @@ tables go to stdout, all that is said about them to stderr.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -15,6 +13,7 @@ import typer
 
 import vtc
 from vtc.cli import about, accuracy, choosing, pictures, serving, speed, training, tuning
+from vtc.cli.terminal import errors_in_a_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,10 +75,5 @@ def options(
 
 def main() -> None:
     """The entry point: an error of the user's is one line on stderr and exit code 1 (2 for unusable arguments)."""
-    try:
+    with errors_in_a_line():
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("VTC_DEBUG"):
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import BatchSize, Budgets, Device, Model, need, parse_budgets, refuse, split
+from vtc.cli.arguments import BatchSize, Budgets, Device, Model, check_folder, need, parse_budgets, refuse, split
 from vtc.cli.terminal import note_above, note_one, quiet, say
 from vtc.methods import check_names
 
@@ -61,7 +61,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Questions of each task; unless given 1000, or with --tasks all of a benchmark."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")] = Path("out/eval"),
     batch_size: BatchSize = 32,
     max_new_tokens: Annotated[
@@ -160,7 +160,7 @@ def evaluate(
             memory.table(json.loads((out / "bytes.json").read_text())), f"{escape(str(out))}: bytes.png, bytes.json"
         )
     if by_task:
-        console.print(report.task_table(rows))
+        console.print(*report.task_tables(rows, console.width))
     console.print(*mis.shown(out), f"{escape(str(out))}: curve.png, summary.json, results.jsonl, config.json")
 
 
@@ -177,7 +177,7 @@ def _show(task: str, rows: list[Row], where: Path) -> None:
 def compare(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `vtc eval` got as --out.")],
     method: Annotated[str, typer.Argument(help="One of its methods, as it was named there.")],
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Compare one method of a run with each other one and the full model: paired differences, question by question.
 
@@ -220,6 +220,7 @@ def faithfulness(
     chosen = tuple(dict.fromkeys(split(methods)))
     check_names(*chosen)
     need("sklearn", "scipy", extra="eval")
+    check_folder(out)
     quiet()
     from vtc.eval import benchmarks
     from vtc.eval import faithfulness as compared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,25 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
     return tuple(parse_budget(part) for part in split(text))
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on."""
+    parts = split(text)
+    if bad := [part for part in parts if not part.isdecimal() or int(part) < 1]:
+        raise typer.BadParameter(f"{bad[0]!r} is no count: use whole numbers from 1 on, with commas between")
+    return tuple(map(int, parts))
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Numbers a second, above 0."""
+    try:
+        rates = tuple(map(float, split(text)))
+    except ValueError:
+        rates = (0.0,)
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise typer.BadParameter(f"{text!r} are no rates: use numbers above 0, with commas between")
+    return rates
+
+
 def split(text: str) -> tuple[str, ...]:
     """The parts of a list with commas."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -60,12 +80,16 @@ def split(text: str) -> tuple[str, ...]:
     return parts
 
 
+def typed(context: typer.Context, *names: str) -> list[str]:
+    """Those of the parameters of a command that were typed, not left at what they are by default."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 def refuse(context: typer.Context, *names: str, why: str) -> None:
     """Refuse what the command would not read, by the names of its parameters, where it was typed all the same."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if typed:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+    if found := typed(context, *names):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in found)
         raise typer.BadParameter(f"{options}: {why}")
 
 
@@ -73,6 +97,22 @@ def need(*modules: str, extra: str) -> None:
     """Refuse before any work is done when an optional dependency is missing."""
     if missing := [module for module in modules if find_spec(module) is None]:
         raise ModuleNotFoundError(f"this needs {', '.join(missing)}: {install_line(extra)}")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse, before any work is done, a folder that cannot be made or written to; it is not made here."""
+    there = next(place for place in (out, *out.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file where a folder is to be: choose another --out")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} cannot be written to: choose another --out")
+
+
+def check_file(out: Path) -> None:
+    """The same of a file."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: name a file in it with --out")
+    check_folder(out.parent)
 
 
 def check_address(host: str, port: int) -> str:

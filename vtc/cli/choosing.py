@@ -85,7 +85,7 @@ def table(
     ] = "",
     budgets: Budgets = "0.5,0.25,0.11,0.05",
     limit: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the bootstrap.")] = 0,
     against: Annotated[
         str, typer.Option(help="The method that paired intervals compare all others with, or 'full': the whole model.")
     ] = "random",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, Model, check_address, need, parse_budgets, refuse, split
+from vtc.cli.arguments import Device, Model, check_address, need, parse_budgets, parse_counts, parse_rates, refuse
 from vtc.cli.terminal import note, note_one, quiet, status, steps
 from vtc.methods import check_names
 
@@ -123,7 +123,7 @@ def load(
 
       vtc load --model llava-qwen2-0.5b --clients 1,4,12 --out out/load
     """
-    spend = parse_budgets(budgets)
+    spend, counts, arrivals = parse_budgets(budgets), parse_counts(clients), parse_rates(rates) if rates else ()
     need(*PACKAGES, extra="serve")
     check_names(method)
     if out:
@@ -132,7 +132,6 @@ def load(
     from vtc.eval.arms import Case, arms, shown
     from vtc.eval.reader import pick_device
 
-    counts, arrivals = tuple(map(int, split(clients))), tuple(map(float, split(rates))) if rates else ()
     quiet()
     case = Case(model, method, counts, arrivals, requests, new_tokens, rounds, dtype, pick_device(device))
     compared = arms(spend)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vtc.cli.arguments import Device, need, parse_budget, parse_budgets, split
-from vtc.cli.terminal import note, note_above, note_one, quiet, status, steps
+from vtc.cli.arguments import Device, need, parse_budget, parse_budgets, split, typed
+from vtc.cli.terminal import note, note_above, note_one, note_rounds, quiet, status, steps
 from vtc.methods import check_names
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ Methods = Annotated[
     str, typer.Option("--methods", "--method", help="`vtc methods` lists them; all: those that the shape takes.")
 ]
 Budgets = Annotated[
-    str, typer.Option("--budgets", "--budget", help="64 (tokens per image), 0.25 or 25%; commas between several.")
+    str,
+    typer.Option("--budgets", "--budget", help="64 (tokens per image), 0.25 or 25%; commas between several."),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts at once, one image each.")]
 PromptTokens = Annotated[int, typer.Option(min=9, help="Text of each prompt.")]
@@ -54,6 +55,7 @@ Attention = Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ..
 
 
 def bench(
+    context: typer.Context,
     model: Shape = "llava-qwen2-0.5b",
     methods: Methods = "vtc-cls",
     budgets: Budgets = "64",
@@ -73,7 +75,7 @@ def bench(
     """Measure seconds and bytes with and without compression, what would be possible, and what is in the way.
 
     A true shape with random weights: nothing is downloaded. In each round the unpruned model, each pruned one and the
-    same model on natively short prompts take turns.
+    same model on natively short prompts take turns. Without --budgets a file that names a budget is run at that one.
 
     Examples:
 
@@ -86,7 +88,7 @@ def bench(
     if out:
         need("matplotlib", extra="eval")
     note_one(spend)
-    _note_rounds(rounds)
+    note_rounds(rounds)
     loaded, name = _load(model, dtype, device, attention)
     from vtc.eval import bench as benchmark
     from vtc.eval import selection as chooses
@@ -94,7 +96,8 @@ def bench(
     case = benchmark.Case(batch, prompt_tokens, new_tokens, rounds, pixels, compiled)
     title, described = _told(model, dtype, attention, name, case)
     with steps() as step:
-        rows = benchmark.bench(loaded, chooses.arms(loaded, chosen, spend, note), case, step)
+        arms = chooses.arms(loaded, chosen, spend, note, named=not typed(context, "budgets"))
+        rows = benchmark.bench(loaded, arms, case, step)
     note_above(spend, rows[0]["tokens"]["full"])
     for row in rows:
         tokens = f"{row['tokens']['average']:g} of {row['tokens']['full']} visual tokens"
@@ -105,6 +108,7 @@ def bench(
 
 
 def selection(
+    context: typer.Context,
     model: Shape = "llava-qwen2-0.5b",
     methods: Methods = "all",
     budgets: Budgets = "64",
@@ -129,14 +133,14 @@ def selection(
     if out:
         need("matplotlib", extra="eval")
     note_one(spend)
-    _note_rounds(rounds)
+    note_rounds(rounds)
     loaded, name = _load(model, dtype, device, attention)
     from vtc.eval import bench as benchmark
     from vtc.eval import selection as chooses
 
     case = benchmark.Case(batch, prompt_tokens, rounds=rounds)
     title, described = _told(model, dtype, attention, name, case)
-    arms = chooses.arms(loaded, chosen, spend, note)
+    arms = chooses.arms(loaded, chosen, spend, note, named=not typed(context, "budgets"))
     with steps() as step:
         rows = chooses.measure(loaded, arms, case, step)
     Console().print(chooses.table(rows, title))
@@ -168,7 +172,7 @@ def peers(
     """
     spend = parse_budgets(budgets)
     note_one(spend)
-    _note_rounds(rounds)
+    note_rounds(rounds)
     loaded, name = _load(model, dtype, device, attention)
     from vtc.eval import bench as benchmark
     from vtc.eval import peers as compared
@@ -204,7 +208,7 @@ def throughput(
     spend = parse_budget(budget)
     if not isinstance(spend, float) or spend > 0.5:
         raise typer.BadParameter(f"--budget {budget}: use a fraction up to 0.5, as the last row keeps twice as much")
-    _note_rounds(rounds)
+    note_rounds(rounds)
     loaded, name = _load(model, dtype, device)
     from vtc.eval import throughput as shared
 
@@ -236,11 +240,6 @@ def _told(model: str, dtype: str, attention: str, device: str, case: Case) -> tu
     """What is measured, as a title and as its file says it."""
     title = f"{model}, batch {case.batch}, {dtype}, {attention}{', compiled' * case.compiled}, {device}"
     return title, {"model": model, "dtype": dtype, "attention": attention, "device": device, "case": asdict(case)}
-
-
-def _note_rounds(rounds: int) -> None:
-    if rounds == 1:
-        note("one round has no range, so nothing tells a gain from chance")
 
 
 def _write(path: Path, described: dict[str, Any]) -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """An error of the user's is one line on stderr and exit code 1; with VTC_DEBUG its stack trace."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("VTC_DEBUG"):
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
 
 
 def note(text: str) -> None:
@@ -28,6 +41,11 @@ def note_above(budgets: Sequence[int | float], tokens: float) -> None:
 
 def note_questions(asked: Sequence[str]) -> None:
     note(f"no --questions: asking in turn {'; '.join(asked)}")
+
+
+def note_rounds(rounds: int) -> None:
+    if rounds == 1:
+        note("one round has no range, so nothing tells a gain from chance")
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtc.cli.arguments import BatchSize, Device, Model, Questions, need, parse_budget, refuse
+from vtc.cli.arguments import BatchSize, Device, Model, Questions, check_file, check_folder, need, parse_budget, refuse
 from vtc.cli.terminal import note_one, note_questions, quiet, say
 from vtc.eval.benchmarks import NAMES
 from vtc.methods import check_names
@@ -42,7 +42,7 @@ def tune(
     questions: Questions = None,
     samples: Samples = 30,
     trials: Annotated[int, typer.Option(min=1, help="Combinations to try.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the search and of the choice of images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search and of the choice of images.")] = 0,
     out: Annotated[Path, typer.Option(help="The JSON file, to be named as a method.")] = Path("out/tuned.json"),
 ) -> None:
     """Find a method's hyper-parameters for a model and a budget, without labels.
@@ -57,6 +57,7 @@ def tune(
     """
     spend = parse_budget(budget)
     check_names(method)
+    check_file(out)
     need("optuna", "scipy", extra="tune")
     note_one([spend])
     _begin(context, images, questions)
@@ -96,6 +97,7 @@ def fit(
     """
     spend = parse_budget(budget)
     check_names(method)
+    check_file(out)
     note_one([spend])
     _begin(context, images, questions)
     from vtc.eval import fit as fitting
@@ -114,7 +116,7 @@ def layers(
     benchmark: Annotated[str, typer.Option(help="scenes or pages.")] = "scenes",
     left: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that stays, evenly spaced.")] = 0.0,
     limit: Annotated[int, typer.Option(min=1, help="Questions of the benchmark's validation split.")] = 450,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the intervals.")] = 0,
     batch_size: BatchSize = 32,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")] = Path("out/layers"),
@@ -130,6 +132,7 @@ def layers(
       vtc layers --model reference-pages --benchmark pages --out out/layers-pages
     """
     need("matplotlib", "sklearn", extra="eval")
+    check_folder(out)
     quiet()
     from vtc.eval import benchmarks
     from vtc.eval import layers as probe
