@@ -21,7 +21,6 @@ from torch import nn
 import vtc
 from vtc.adapter import find
 from vtc.eval.store import START_OVER, DamagedError
-from vtc.eval.store import Store as Store
 from vtc.methods.compose import with_budget
 from vtc.stage import write_json
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
-from vtc.cli import pictures, training
+from vtc.cli import pictures, terminal, training
 from vtc.cli.arguments import check_address, parse_budget, parse_budgets
 from vtc.eval import scenes
 from vtc.eval.ask import Answer
@@ -389,3 +389,14 @@ def test_peers_and_throughput_are_measured_and_written(tiny, tmp_path):  # noqa:
     assert (found["budget"], found["device"]) == (0.25, "cpu")
     assert all(title in done.stdout for title in found["seconds"])
     assert [len(case) for case in found["seconds"].values()] == [3, 3]
+
+
+def test_a_device_that_is_full_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end, terminal.errors_in_a_line():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: CUDA out of memory. Tried to allocate 20 GiB: a smaller batch needs less\n"
+    )
+    with pytest.raises(RuntimeError, match="a defect of ours"), terminal.errors_in_a_line():
+        raise RuntimeError("a defect of ours")

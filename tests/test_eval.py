@@ -23,6 +23,7 @@ import vtc
 from vtc.eval import folder, marking, pages, progress, report, run, scenes
 from vtc.eval.reader import Reader, load, model_path
 from vtc.eval.rows import Line, Row
+from vtc.eval.store import DamagedError, Store
 
 METHODS = ("vtc-cls", "fastv", "random", "uniform", "smaller-image")
 LINE = {"question_id", "task", "method", "budget", "tokens", "at_floor", "prediction", "answer", "correct", "agrees"}
@@ -310,7 +311,7 @@ def test_a_dry_run_looks_at_the_folder_and_leaves_it(finished, settings, tmp_pat
 def test_a_damaged_configuration_is_named(finished, settings, tmp_path, damage):
     out = copy_of(finished, tmp_path)
     (out / "config.json").write_bytes(damage.encode(errors="surrogateescape"))
-    with pytest.raises(folder.DamagedError, match=r"config\.json is damaged, .*: delete it to start over"):
+    with pytest.raises(DamagedError, match=r"config\.json is damaged, .*: delete it to start over"):
         folder.check(out, {"settings": {}}, restart=False)
     assert folder.check(out, {"settings": {}}, restart=True) is False
 
@@ -334,16 +335,16 @@ def test_reading_the_results_of_a_run_that_goes_on_cuts_nothing(tmp_path):
     file, line = tmp_path / "results.jsonl", {"method": "a", "budget": 1.0, "question_id": "x"}
     torn = json.dumps(line) + '\n{"method": "a", "bud'
     file.write_text(torn)
-    store = folder.Store(file)
+    store = Store(file)
     assert list(store.lines.values()) == [line]
     assert file.read_text() == torn
     store.add([{**line, "question_id": "caf\udce9.png"}])  # of a file whose name is no UTF-8
-    assert list(folder.Store(file).lines.values()) == [line, {**line, "question_id": "caf\udce9.png"}]
+    assert list(Store(file).lines.values()) == [line, {**line, "question_id": "caf\udce9.png"}]
 
 
 def test_a_write_that_fails_half_way_damages_nothing(tmp_path, monkeypatch):
     """As on a full disk, which has room again later."""
-    store, lines = folder.Store(tmp_path / "results.jsonl"), [asked_line(number) for number in range(4)]
+    store, lines = Store(tmp_path / "results.jsonl"), [asked_line(number) for number in range(4)]
     store.add(lines[:1])
     fsync = os.fsync
 
@@ -355,14 +356,14 @@ def test_a_write_that_fails_half_way_damages_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         store.add(lines[1:3])
     monkeypatch.setattr(os, "fsync", fsync)
-    assert list(folder.Store(store.path).lines.values()) == lines[:2]  # what is torn is no line
+    assert list(Store(store.path).lines.values()) == lines[:2]  # what is torn is no line
     store.add(lines[3:])
-    assert list(folder.Store(store.path).lines.values()) == [lines[0], lines[3]]
+    assert list(Store(store.path).lines.values()) == [lines[0], lines[3]]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_could_not_be_read_again_is_not_written(tmp_path, number):
-    store = folder.Store(tmp_path / "results.jsonl")
+    store = Store(tmp_path / "results.jsonl")
     with pytest.raises(ValueError, match=r"a at 1\.0 has no finite number for question 1"):
         store.add([asked_line(0), {**asked_line(1), "tokens": number}])
     assert not store.path.exists()

@@ -224,8 +224,8 @@ def test_each_image_is_decided_by_itself(data, tmp_path, monkeypatch):
     from lmms_eval.api.instance import Instance
     from PIL import Image
 
-    from vtc.eval.folder import Store
     from vtc.eval.reader import Reader
+    from vtc.eval.store import Store
     from vtc.eval.suite_model import Vtc
 
     model = Vtc("reference", batch_size=2, device="cpu")

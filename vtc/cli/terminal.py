@@ -17,10 +17,12 @@ def errors_in_a_line() -> Iterator[None]:
     """An error of the user's is one line on stderr and exit code 1; with VTC_DEBUG its stack trace."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("VTC_DEBUG"):
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        full = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded here
+        if os.environ.get("VTC_DEBUG") or (isinstance(error, RuntimeError) and not full):
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        more = ": a smaller batch needs less" if full else ""
+        typer.echo(f"error: {' '.join(str(error).split())}{more}", err=True)
         sys.exit(1)
 
 
