@@ -30,7 +30,9 @@ class Difference(TypedDict):
     difference_high: float
     """The ends of a 95 % interval, from resampled questions."""
     p: float
-    """Two-sided: how often resampled questions turn the sign, twice; never less than 2 / (RESAMPLES + 1)."""
+    """Two-sided. Where answers are right or wrong that of the exact sign test: the chance of so uneven a split of the
+    questions that differ, were each a fair coin. Else how often resampled questions turn the sign, twice; never less
+    than 2 / (RESAMPLES + 1)."""
     n: int
     """Questions that both were asked."""
     at_floor: int
@@ -69,7 +71,6 @@ def _difference(method: str, other: str, ours: dict[str, Line], theirs: dict[str
     values = np.array(marks, float) @ [[1], [-1]]
     draws = report.bootstrap(values, seed, RESAMPLES)
     low, high = report.interval(draws)
-    turned = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     return {
         "method": method,
         "budget": pairs[0][0]["budget"],
@@ -77,11 +78,27 @@ def _difference(method: str, other: str, ours: dict[str, Line], theirs: dict[str
         "difference": float(values.mean()),
         "difference_low": low,
         "difference_high": high,
-        "p": min(1.0, 2 * (turned + 1) / (RESAMPLES + 1)),
+        "p": _chance(values, draws),
         "n": len(pairs),
         "at_floor": sum(one["at_floor"] for one, _ in pairs),
         "other_at_floor": sum(two["at_floor"] for _, two in pairs),
     }
+
+
+def _chance(values: np.ndarray, draws: np.ndarray) -> float:
+    if np.isin(values, (-1, 0, 1)).all():
+        return _sign_test(int((values > 0).sum()), int((values < 0).sum()))
+    turned = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (turned + 1) / (RESAMPLES + 1))
+
+
+def _sign_test(more: int, less: int) -> float:
+    """The chance that of more + less fair coins as many or fewer fall on the rarer side, twice."""
+    coins, ways, tail = more + less, 1, 0
+    for rarer in range(min(more, less) + 1):
+        tail += ways
+        ways = ways * (coins - rarer) // (rarer + 1)
+    return min(1.0, 2 * tail / 2**coins)
 
 
 def table(rows: list[Difference]) -> Table:
