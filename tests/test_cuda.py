@@ -1,4 +1,4 @@
-"""On a GPU: how often a wrapped model waits for the device. Everything else is tested on CPUs."""
+"""On a GPU: how often a wrapped model waits for the device, and products of half precision. All else is tested on CPUs."""
 
 import warnings
 
@@ -7,6 +7,7 @@ import torch
 from models import llava, prompt
 
 import vtc
+from vtc.methods.tokenselect import in_full
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="waiting for the device needs a GPU")
 
@@ -25,8 +26,10 @@ def waits(work) -> int:
 
 @pytest.mark.parametrize("method", ["random", "vtc-cls", "fastv"])
 @torch.no_grad()
-def test_a_pruned_forward_waits_twice_at_prefill_and_never_after(method):
-    """The lengths of padded rows and the images' places go to the host before the decoder, nothing later."""
+def test_a_pruned_forward_waits_twice_at_prefill_and_once_at_a_step_of_ones_own(method):
+    """The lengths of padded rows and the images' places go to the host before the decoder; at a later step that is given
+    a mask, whether it hides what the pruned cache shows. generate() makes the masks of its steps, which are not asked.
+    """
     model = llava()
     inputs = {name: x.cuda() for name, x in prompt(model, (1, 2)).items()}
     model, step = model.cuda(), torch.tensor([[7], [9]], device="cuda")
@@ -41,4 +44,14 @@ def test_a_pruned_forward_waits_twice_at_prefill_and_never_after(method):
     with vtc.compressed(model, method, 0.4):
         prefill, decode = counts()
     assert prefill - bare[0] <= 2
-    assert decode <= bare[1]
+    assert decode - bare[1] <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_half_precision_are_float32(dtype):
+    """Beyond the range of float16, without a copy of the keys."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, keys = (torch.randn(2, 3, n, 64, device="cuda", generator=generator) for n in (4, 99))
+    query, keys = (40 * query).to(dtype), (60 * keys).to(dtype)
+    expected = query.double() @ keys.double().transpose(2, 3)
+    torch.testing.assert_close(in_full(query, keys).double(), expected, atol=1.0, rtol=1e-4)
