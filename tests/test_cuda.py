@@ -1,4 +1,4 @@
-"""On a GPU: how often a wrapped model waits for the device, and products of half precision. All else is tested on CPUs."""
+"""On a GPU: how often a wrapped model waits for the device, and products of half precision. The rest is for CPUs."""
 
 import warnings
 
@@ -27,8 +27,8 @@ def waits(work) -> int:
 @pytest.mark.parametrize("method", ["random", "vtc-cls", "fastv"])
 @torch.no_grad()
 def test_a_pruned_forward_waits_twice_at_prefill_and_once_at_a_step_of_ones_own(method):
-    """The lengths of padded rows and the images' places go to the host before the decoder; at a later step that is given
-    a mask, whether it hides what the pruned cache shows. generate() makes the masks of its steps, which are not asked.
+    """The lengths of padded rows and the images' places go to the host before the decoder; at a later step that gets a
+    mask, whether it hides what the pruned cache shows. generate() makes the masks of its steps, which are not asked.
     """
     model = llava()
     inputs = {name: x.cuda() for name, x in prompt(model, (1, 2)).items()}
