@@ -491,7 +491,7 @@ def folder_name(model_args: str) -> str:
     given = simple_parse_args_string(model_args)
     method = [Path(given["method"]).stem] if "method" in given else []
     hyper = [f"{name}={value}" for name, value in given.items() if name not in inspect.signature(Vtc).parameters]
-    spend = given.get("budget", arguments.budget(None, given.get("method")))
+    spend = given["budget"] if "budget" in given else arguments.budget(None, given.get("method"))
     budget = [] if spend is None else [str(spend)]
     return "__".join([checkpoint_name(model_args).rstrip("/"), *method, *hyper, *budget])
 
