@@ -86,15 +86,40 @@ def test_the_page_shows_the_whole_package():
     assert {"pyproject.toml", "my_tokens/question.py", "my_tokens/length.py", "my_tokens/deepseek_vl.py"} < {*files()}
 
 
-def test_a_family_of_another_package_by_its_entry_point(home):
-    python(home, "-c", TINY + MASKED + "assert same_as_masked('vtc-cls', 9) == same_as_masked('uniform', 9) == [9, 9]")
+NAMES = ("question", "my_tokens.question:Question", "my_tokens.length:Length")
+PROGRAMS = {
+    "family": f"{TINY}{MASKED}assert same_as_masked('vtc-cls', 9) == same_as_masked('uniform', 9) == [9, 9]",
+    "methods": f"{TINY}{MASKED}for name in {NAMES}:\n"
+    "    assert all(abs(tokens - 18) < 1 for tokens in same_as_masked(name, 0.5)), name",
+    "page": re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[-1],
+}
+"""What a user of the package runs."""
+EACH = """
+import json, sys, traceback
+errors = {}
+for name, program in json.loads(sys.argv[1]).items():
+    try:
+        exec(program, {"__name__": "__main__"})
+    except Exception:
+        errors[name] = traceback.format_exc()
+print(json.dumps(errors))
+"""
+"""One after the other in one Python, which takes seconds to load torch and transformers."""
 
 
-def test_methods_of_another_package_on_its_family(home):
+@pytest.fixture(scope="module")
+def errors(home):
+    """By program: how those ended that failed."""
+    return json.loads(python(home, "-c", EACH, json.dumps(PROGRAMS)).splitlines()[-1])
+
+
+def test_a_family_of_another_package_by_its_entry_point(errors):
+    assert "family" not in errors, errors["family"]
+
+
+def test_methods_of_another_package_on_its_family(errors):
     """By entry point and by class; within a token of the budget, as layers are few."""
-    check = "    assert all(abs(tokens - 18) < 1 for tokens in same_as_masked(name, 0.5)), name"
-    names = ("question", "my_tokens.question:Question", "my_tokens.length:Length")
-    python(home, "-c", f"{TINY}{MASKED}for name in {names}:\n{check}")
+    assert "methods" not in errors, errors["methods"]
 
 
 def test_without_the_package_neither_is_known(tmp_path):
@@ -111,9 +136,8 @@ def test_without_the_package_neither_is_known(tmp_path):
     assert "No module named 'my_tokens'" in path
 
 
-def test_the_last_program_of_the_page_runs(home):
-    *_, script = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    python(home, "-c", script)
+def test_the_last_program_of_the_page_runs(errors):
+    assert "page" not in errors, errors["page"]
 
 
 def test_the_command_of_the_page_runs_and_refuses_answers_of_other_code(home, tmp_path):
