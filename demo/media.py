@@ -74,7 +74,9 @@ def _frames(path: Path) -> list[Image.Image]:
                     return sampled(_small(ImageSequence.Iterator(image), path))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
             pass  # `open_image` says why
-    return [*_small([open_image(path)], path)]
+    image = open_image(path)
+    image.thumbnail((SIDE, SIDE))
+    return [image]
 
 
 def _small(frames: Iterable[Image.Image], path: Path) -> Iterator[Image.Image]:

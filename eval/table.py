@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 
 import vtc
 from vtc.eval import benchmarks, folder, memory, mis, report, run
-from vtc.eval.folder import LOCK, OtherRunError
+from vtc.eval.folder import LOCK, BusyError, OtherRunError, alone
 from vtc.eval.reader import Reader, load, model_path, pick_device
 from vtc.eval.rows import Group, Line
 from vtc.eval.run import Shared
@@ -99,9 +99,9 @@ def evaluate(settings: Settings, out: Path, bar: bool = False) -> tuple[list[Ans
             for method in methods:
                 piece = settings.piece(model, benchmark, method)
                 try:
-                    with FileLock(_made(where / _named(method)) / LOCK, timeout=0):
+                    with alone(where / _named(method)):
                         _run(questions, piece, where / _named(method), base, bar)
-                except Timeout:
+                except BusyError:
                     elsewhere += 1
                 except (OtherRunError, DamagedError):
                     raise

@@ -46,7 +46,7 @@ def wrap(model: Model, method: str | Method, budget: Budget | None = None) -> Mo
         TypeError: a model of an unknown family (the message lists the known), or what torch.compile returned.
         RuntimeError: the model was wrapped, and this is called inside its generate(); another thread's is waited for.
     """
-    compression = _compression(model, method, budget)
+    compression = bound(model, method, budget)
     with changed:
         (_idle(model) or Hooks(_inner(model))).replace(compression)
     return model
@@ -72,7 +72,7 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
     than read in a way that is not their own: a thread that is started inside a block opens one itself, or runs in a
     copy of the context (`contextvars.copy_context().run`).
     """
-    compression = _compression(model, method, budget)
+    compression = bound(model, method, budget)
     with changed:
         hooks = hooks_of(model) or Hooks(_inner(model))
         hooks.enter(compression)
@@ -82,7 +82,8 @@ def compressed(model: nn.Module, method: str | Method, budget: Budget | None = N
         hooks.leave(compression)
 
 
-def _compression(model: nn.Module, method: str | Method, budget: Budget | None) -> Compression:
+def bound(model: nn.Module, method: str | Method, budget: Budget | None) -> Compression:
+    """What `wrap` and `compressed` put in force, with nothing hung yet; takes and raises what they do."""
     found, own = with_budget(method)
     return Compression(_inner(model), found, own if budget is None else budget)
 

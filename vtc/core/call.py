@@ -23,6 +23,11 @@ answering: ContextVar[int] = ContextVar("vtc_answering", default=0)
 """How many columns at the end of what the model is given hold an answer to be rated, which no method may look at."""
 
 
+def by_column(mask: Any) -> bool:
+    """Whether a mask is (batch, columns)."""
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
 class Prompt(NamedTuple):
     """What generate() was given."""
 
@@ -40,8 +45,7 @@ class Prompt(NamedTuple):
                  if isinstance(x, Tensor)]  # fmt: skip
         unknown = mask is None and kwargs.get("past_key_values") is not None
         length = None if unknown or not given or given[0].ndim > 3 else given[0].shape[1]
-        plain = isinstance(mask, Tensor) and mask.ndim == 2
-        return cls(length, mask is None or plain, mask if plain else None)
+        return cls(length, mask is None or by_column(mask), mask if by_column(mask) else None)
 
 
 @dataclass(eq=False)
@@ -110,7 +114,7 @@ class Call:
         """The (batch, columns) mask. A family that makes its own masks out of it got it one call earlier."""
         given = self.inputs.get("attention_mask")
         for mask in (kwargs.get("attention_mask"), given):
-            if isinstance(mask, Tensor) and mask.ndim == 2:
+            if by_column(mask):
                 return mask
         if given is None or self.prompt is None or not self._prepared(cache):
             return None
@@ -139,8 +143,7 @@ class Call:
     def check(self, cache: Any, windows: bool) -> None:
         """Raise ValueError for what cannot be pruned exactly; `windows`: whether any layer's window hides anything."""
         given, static = self.inputs.get("attention_mask"), held.is_static(cache)
-        plain = given is None or (isinstance(given, Tensor) and given.ndim == 2)
-        if not plain and not self._prepared(cache):
+        if given is not None and not by_column(given) and not self._prepared(cache):
             shape = f"{given.ndim}-D" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise ValueError(f"vtc prunes under attention masks of shape (batch, length); this one is {shape}")
         positions = None if given is not None or cache is not None else self.inputs.get("position_ids")

@@ -20,7 +20,7 @@ import vtc.core.compact as compact
 from vtc.cache.held import Held
 from vtc.cache.held_cache import attach
 from vtc.choice import Choice, by_head
-from vtc.core.call import Call
+from vtc.core.call import Call, by_column
 from vtc.core.clock import Clock
 from vtc.core.columns import Columns
 from vtc.core.compression import Compression
@@ -117,7 +117,7 @@ class Forward:
         if columns.whole and self.past.shift is None:
             return kwargs
         mask = kwargs.get("attention_mask")
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        if mask is None or by_column(mask):
             place = columns.place if columns.place.ndim == 2 else columns.place[:, 0]
             # gapped positions with neither mask nor cache would be taken for packed sequences
             mask = place >= 0 if columns.ragged or self.cache is None else None

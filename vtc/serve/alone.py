@@ -35,13 +35,15 @@ class Solo:
         if self.gone.is_set():
             raise RuntimeError("the client is gone")
         prompt, stops = inputs["input_ids"].shape[1], self.ticket.stops
+        longest = prompt + inputs["generation_config"].max_new_tokens
         with compressed(self.model, *self.ticket.spend) as trace:
 
             def over(ids: Tensor, scores: Any, **_: Any) -> Tensor:
                 if self.ticket.first is None:
                     self.ticket.first = time.perf_counter()
                     self.ticket.before, self.ticket.after = sum(trace.sizes), float(trace.average_tokens.sum())
-                self.ticket.ended = int(ids[0, -1]) in self.ticket.ends
+                if ids.shape[1] == longest:  # an answer that ends before is known to have ended
+                    self.ticket.ended = int(ids[0, -1]) in self.ticket.ends
                 ends = self.gone.is_set()
                 if stops.strings:
                     ends |= stops.met(self.decode(ids[0, prompt:], skip_special_tokens=True))

@@ -16,8 +16,6 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager
 
-from vtc.core.compression import Compression
-from vtc.methods.compose import with_budget
 from vtc.serve.alone import Solo
 from vtc.serve.encode import Alone, Spend
 from vtc.serve.engine import Packed, State
@@ -28,6 +26,7 @@ from vtc.serve.reading import Picture, Reading
 from vtc.serve.request import Asked, read
 from vtc.serve.stops import Stops
 from vtc.serve.ticket import Ticket
+from vtc.wrapping import bound
 
 
 class Chat(ChatCompletionHandler):
@@ -118,7 +117,8 @@ class Chat(ChatCompletionHandler):
         ids = {"input_ids": inputs["input_ids"]}  # the rest is with `solo`, which lets go of it
         parts = (solo, self.reading.processor, asked.model, ids, config, self.alone)
         if asked.stream:
-            await asyncio.to_thread(self._check, ticket.spend)
+            # what method or budget raise is raised here: once a stream has begun its status is told
+            await asyncio.to_thread(bound, self.reading.model, *ticket.spend)
             return self._streamed(solo.leave, ticket, *parts)
         whole = asyncio.ensure_future(self._non_streaming(ticket, *parts))
         try:
@@ -127,11 +127,6 @@ class Chat(ChatCompletionHandler):
             solo.leave()
             whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
             raise
-
-    def _check(self, spend: Spend) -> None:
-        """Raise what the method or the budget raises on this model: once a stream has begun its status is told."""
-        method, own = with_budget(spend[0])
-        Compression(self.reading.model, method, own if spend[1] is None else spend[1])
 
     def _streamed(self, over: Callable[[], None], *parts: Any) -> StreamingResponse:
         """`over` is called when the reply has ended, also where its client left before the first part was asked for."""

@@ -105,7 +105,6 @@ def _pruned(adapter: Adapter, inputs: dict[str, Any], forward: Forward, kwargs: 
 def _check(adapter: Adapter, forward: Forward, kwargs: dict[str, Any]) -> None:
     """Raise Alone where rows at positions are not all that the decoder reads."""
     method, positions = forward.compression.method.name, kwargs.get("position_ids")
-    device = kwargs["inputs_embeds"].device
     if any(stage.site != 0 for stage in forward.compression.stages):
         raise Alone(f"{method} drops inside the decoder, where a packed batch has one length for all layers")
     if forward.compression.reads_text:
@@ -116,7 +115,7 @@ def _check(adapter: Adapter, forward: Forward, kwargs: dict[str, Any]) -> None:
         raise Alone("this model's positions are in time, height and width, and those of a packed batch in one axis")
     if any(adapter.window(layer) is not None for layer in adapter.layers):
         raise Alone("this model's sliding windows count original positions, and those of a packed batch keys")
-    if forward.call.blocks(0, forward.stream.columns.length, 0, device) is not None:
+    if adapter.blocks(forward.call.inputs) is not None:
         raise Alone("this model's images see themselves both ways, and a packed batch is causal")
     if forward.call.late or adapter.late_features(kwargs)[1]:
         raise Alone("this model adds visual features after its first layers")
